@@ -1,0 +1,480 @@
+"""One table per decoder family: where Hugging Face keeps each weight, and which switches the config sets.
+
+`read(config)` turns a `config.json` into a `Spec`: plain switches that the decoder obeys, and the
+names and shapes of every tensor that such a model has. A value that pared cannot run exactly is
+refused by name; nothing is guessed. Llama, Mistral, Qwen2, Qwen3, Phi-3, OPT and GPT-2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import UnsupportedModel
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where a family keeps its modules. Layer names are relative to `layer`, with the index in `{i}`."""
+
+    layer: str
+    qkv: tuple[str, ...]  # three modules, or one that is already fused
+    out: str
+    ffn_in: tuple[str, ...]  # gate and up, one fused gate|up, or one plain input matrix
+    ffn_out: str
+    attn_norm: str
+    ffn_norm: str
+    embed: str
+    final_norm: str
+    positions: str = ""
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    project_in: str = ""
+    project_out: str = ""
+    head: str = "lm_head"
+
+
+_LLAMA = Names(
+    layer="model.layers.{i}.",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.o_proj",
+    ffn_in=("mlp.gate_proj", "mlp.up_proj"),
+    ffn_out="mlp.down_proj",
+    attn_norm="input_layernorm",
+    ffn_norm="post_attention_layernorm",
+    embed="model.embed_tokens",
+    final_norm="model.norm",
+)
+_PHI3 = replace(_LLAMA, qkv=("self_attn.qkv_proj",), ffn_in=("mlp.gate_up_proj",))
+_OPT = Names(
+    layer="model.decoder.layers.{i}.",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.out_proj",
+    ffn_in=("fc1",),
+    ffn_out="fc2",
+    attn_norm="self_attn_layer_norm",
+    ffn_norm="final_layer_norm",
+    embed="model.decoder.embed_tokens",
+    final_norm="model.decoder.final_layer_norm",
+    positions="model.decoder.embed_positions",
+    project_in="model.decoder.project_in",
+    project_out="model.decoder.project_out",
+)
+_GPT2 = Names(
+    layer="transformer.h.{i}.",
+    qkv=("attn.c_attn",),
+    out="attn.c_proj",
+    ffn_in=("mlp.c_fc",),
+    ffn_out="mlp.c_proj",
+    attn_norm="ln_1",
+    ffn_norm="ln_2",
+    embed="transformer.wte",
+    final_norm="transformer.ln_f",
+    positions="transformer.wpe",
+)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: the first `dim` of each head are rotated. Fields beyond `kind` follow its paper.
+
+    kind: default, linear, dynamic, llama3, yarn or longrope. `max_positions` is the trained (dynamic)
+    and `original` the pre-scaling context in tokens; `attention_factor` multiplies cos and sin.
+    """
+
+    kind: str
+    theta: float
+    dim: int
+    max_positions: int
+    factor: float = 1.0
+    original: int = 0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block. `window` is the number of keys a query may see, itself included; 0 means all of them."""
+
+    heads: int
+    kv_heads: int
+    ffn: int
+    window: int
+    scale: float  # multiplies q·k before the softmax
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear module: `n` outputs, `k` inputs. `splits` are the widths of what is fused in its outputs.
+
+    transposed: the checkpoint stores [k, n] (GPT-2's Conv1D).
+    """
+
+    path: str
+    n: int
+    k: int
+    bias: bool
+    transposed: bool = False
+    splits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything the decoder must know about a model, as plain switches."""
+
+    family: str
+    names: Names
+    vocab: int
+    hidden: int
+    embed_dim: int  # differs from hidden where OPT projects its embeddings
+    head_dim: int
+    layers: tuple[Layer, ...]
+    max_positions: int
+    tied: bool
+    norm: str  # "rms" or "layer"
+    norm_eps: float
+    norm_affine: bool
+    pre_norm: bool  # False: OPT-350m normalises after each residual sum
+    final_norm: bool
+    gated: bool
+    act: str
+    qkv_bias: bool
+    out_bias: bool
+    ffn_in_bias: bool
+    ffn_out_bias: bool
+    qk_norm: bool
+    rope: Rope | None
+    position_offset: int = 0  # learned positions start at this row
+    transposed: bool = False
+
+    @property
+    def rope_switch(self) -> int | None:
+        """Context in tokens beyond which longrope uses its long factors for the whole sequence."""
+        return self.rope.original if self.rope and self.rope.kind == "longrope" else None
+
+    @property
+    def projected(self) -> bool:
+        return self.embed_dim != self.hidden
+
+    def path(self, layer: int, name: str) -> str:
+        """The full module path of a layer-relative name."""
+        return self.names.layer.format(i=layer) + name
+
+    def linears(self) -> dict[str, Linear]:
+        """Every linear module, in the order of the forward pass; the head is included when it is its own."""
+        found = [linear for i in range(len(self.layers)) for linear in self._layer_linears(i)]
+        if self.projected:
+            found.insert(0, Linear(self.names.project_in, self.hidden, self.embed_dim, bias=False))
+            found.append(Linear(self.names.project_out, self.embed_dim, self.hidden, bias=False))
+        if not self.tied:
+            found.append(Linear(self.names.head, self.vocab, self.embed_dim, bias=False))
+        return {linear.path: linear for linear in found}
+
+    def _layer_linears(self, i: int) -> list[Linear]:
+        layer = self.layers[i]
+        q, kv = layer.heads * self.head_dim, layer.kv_heads * self.head_dim
+        ffn_widths = (layer.ffn, layer.ffn) if self.gated else (layer.ffn,)
+
+        def fused(names: tuple[str, ...], widths: tuple[int, ...], bias: bool) -> list[Linear]:
+            parts = [widths] if len(names) == 1 else [(w,) for w in widths]
+            return [
+                Linear(self.path(i, name), sum(part), self.hidden, bias, self.transposed, part)
+                for name, part in zip(names, parts, strict=True)
+            ]
+
+        def lone(name: str, k: int, bias: bool) -> Linear:
+            return Linear(self.path(i, name), self.hidden, k, bias, self.transposed, (self.hidden,))
+
+        return [
+            *fused(self.names.qkv, (q, kv, kv), self.qkv_bias),
+            lone(self.names.out, q, self.out_bias),
+            *fused(self.names.ffn_in, ffn_widths, self.ffn_in_bias),
+            lone(self.names.ffn_out, layer.ffn, self.ffn_out_bias),
+        ]
+
+    def plain(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that belongs to no linear module: embeddings and norms, name -> shape."""
+        found: dict[str, tuple[int, ...]] = {f"{self.names.embed}.weight": (self.vocab, self.embed_dim)}
+        if self.names.positions:
+            rows = self.max_positions + self.position_offset
+            found[f"{self.names.positions}.weight"] = (rows, self.hidden)
+        for i in range(len(self.layers)):
+            for name in (self.names.attn_norm, self.names.ffn_norm):
+                found |= self._norm(self.path(i, name), self.hidden)
+            if self.qk_norm:
+                for name in (self.names.q_norm, self.names.k_norm):
+                    found |= self._norm(self.path(i, name), self.head_dim)
+        if self.final_norm:
+            found |= self._norm(self.names.final_norm, self.hidden)
+        return found
+
+    def _norm(self, path: str, width: int) -> dict[str, tuple[int, ...]]:
+        if not self.norm_affine:
+            return {}
+        parts = ("weight", "bias") if self.norm == "layer" else ("weight",)
+        return {f"{path}.{part}": (width,) for part in parts}
+
+    def canonical(self, name: str) -> str | None:
+        """The name this model gives to a checkpoint's tensor; None for a buffer that holds no weight.
+
+        Checkpoints of the bare backbone lack the leading module. A tied head stored a second time is
+        named like the embedding: whoever reads both must find them equal.
+        """
+        if re.search(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$", name):
+            return None
+        if self.tied and name == f"{self.names.head}.weight":
+            return f"{self.names.embed}.weight"
+        if name.startswith(f"{self.names.head}."):
+            return name
+        prefix, _, rest = self.names.embed.rpartition(".")[0].partition(".")
+        if not name.startswith(f"{prefix}."):
+            name = f"{prefix}.{name}"
+        if rest and not name.startswith(f"{prefix}.{rest}."):
+            return f"{prefix}.{rest}.{name.removeprefix(prefix + '.')}"
+        return name
+
+
+# --- reading a config --------------------------------------------------------------------------
+
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"} | dict.fromkeys(
+    ("gelu_new", "gelu_pytorch_tanh"), "gelu_new"
+)
+
+
+def read(config: Config) -> Spec:
+    """Turn a Hugging Face `config.json` into a `Spec`.
+
+    Raises UnsupportedModel, naming the key and its value, for whatever pared cannot run exactly.
+    """
+    family = config.get("model_type")
+    reader = _FAMILIES.get(family) if isinstance(family, str) else None
+    if reader is None:
+        raise UnsupportedModel(f"model_type {family!r} is not one of {', '.join(_FAMILIES)}")
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedModel("is_encoder_decoder is true: pared runs decoders only")
+    foreign = (config.get("quantization_config") or {}).get("quant_method", "pared")
+    if foreign != "pared":
+        raise UnsupportedModel(f"quantization_config.quant_method is {foreign!r}: convert the unquantised checkpoint")
+    try:
+        return reader(config)
+    except KeyError as missing:
+        raise UnsupportedModel(f"config.json of model_type {family!r} lacks {missing}") from None
+
+
+def _act(config: Config, key: str, default: str) -> str:
+    name = config.get(key, default)
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModel(f"{key} {name!r} is not one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _count(config: Config, key: str) -> int:
+    value = config[key]
+    if not isinstance(value, int) or value < 1:
+        raise UnsupportedModel(f"{key} must be a positive integer, got {value!r}")
+    return value
+
+
+def _rope(config: Config, head_dim: int, kinds: tuple[str, ...] | None = None) -> Rope:
+    """The rotary switches, from today's `rope_parameters` or yesterday's `rope_theta` and `rope_scaling`."""
+    given: Config = dict(config.get("rope_parameters") or {}) | dict(config.get("rope_scaling") or {})
+    if any(isinstance(value, dict) for value in given.values()):
+        raise UnsupportedModel("rope_parameters differs between layer types, which pared does not run")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if config["model_type"] == "phi3" and kind in ("su", "yarn"):
+        kind = "longrope"  # what the first Phi-3 releases called it
+    if kind not in (kinds or ("default", "linear", "dynamic", "llama3", "yarn", "longrope")):
+        raise UnsupportedModel(f"rope_type {kind!r} is not one that pared runs for {config['model_type']}")
+    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    trained = _count(config, "max_position_embeddings")
+    original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+    original = int(original or (4096 if config["model_type"] == "phi3" else trained))
+    rope = Rope(
+        kind=kind,
+        theta=float(given.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        dim=int(head_dim * partial),
+        max_positions=trained,
+        factor=float(given.get("factor") or trained / original),
+        original=original,
+        attention_factor=given.get("attention_factor"),
+        beta_fast=given.get("beta_fast") or 32.0,
+        beta_slow=given.get("beta_slow") or 1.0,
+        mscale=given.get("mscale"),
+        mscale_all_dim=given.get("mscale_all_dim"),
+        truncate=given.get("truncate", True),
+        low_freq_factor=float(given.get("low_freq_factor") or 1.0),
+        high_freq_factor=float(given.get("high_freq_factor") or 4.0),
+        short_factor=tuple(given.get("short_factor") or ()),
+        long_factor=tuple(given.get("long_factor") or ()),
+    )
+    _check_rope(rope, given)
+    return rope
+
+
+def _check_rope(rope: Rope, given: Config) -> None:
+    needed = {"linear": ["factor"], "dynamic": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
+    for key in needed.get(rope.kind, []):
+        if given.get(key) is None:
+            raise UnsupportedModel(f"rope_type {rope.kind!r} needs {key!r}, which config.json does not give")
+    if rope.kind == "longrope":
+        for key in ("short_factor", "long_factor"):
+            if len(getattr(rope, key)) != rope.dim // 2:
+                raise UnsupportedModel(
+                    f"rope {key} has {len(getattr(rope, key))} numbers, expected {rope.dim // 2} (half of the rotated dims)"
+                )
+    if rope.dim < 2 or rope.dim % 2:
+        raise UnsupportedModel(f"rotary dimension {rope.dim} is not a positive even number")
+
+
+def _windows(config: Config, layers: int, family: str) -> list[int]:
+    """Keys that each layer may see, 0 for all: Mistral and Phi-3 have one rule, Qwen one per layer."""
+    size = config.get("sliding_window")
+    if family in ("mistral", "phi3"):
+        return [int(size or 0)] * layers
+    if family == "llama" or not config.get("use_sliding_window"):
+        size = None
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = config.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if size and i >= first else "full_attention" for i in range(layers)]
+    if len(kinds) != layers:
+        raise UnsupportedModel(f"layer_types has {len(kinds)} entries for {layers} layers")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModel(f"layer type {kind!r} is not full_attention or sliding_attention")
+        if kind == "sliding_attention" and not size:
+            raise UnsupportedModel("layer_types names sliding_attention, but sliding_window is not set")
+    return [int(size or 0) if kind == "sliding_attention" else 0 for kind in kinds]
+
+
+def _blocks(heads: int, kv_heads: int, ffn: int, windows: list[int], scales: list[float]) -> tuple[Layer, ...]:
+    if heads % kv_heads:
+        raise UnsupportedModel(f"{heads} attention heads are not a multiple of {kv_heads} key/value heads")
+    return tuple(Layer(heads, kv_heads, ffn, w, s) for w, s in zip(windows, scales, strict=True))
+
+
+def _llama_like(config: Config) -> Spec:
+    """Llama, Mistral, Qwen2, Qwen3 and Phi-3: RMSNorm, rotary positions, gated FFN."""
+    family = config["model_type"]
+    hidden, heads, count = (_count(config, k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    head_dim = int(config.get("head_dim") or (128 if family == "qwen3" else hidden // heads))
+    eps = {"phi3": 1e-5}.get(family, 1e-6)
+    attention_bias = bool(config.get("attention_bias", False)) and family in ("llama", "qwen3")
+    mlp_bias = bool(config.get("mlp_bias", False)) and family == "llama"
+    kv_heads = config.get("num_key_value_heads", 8 if family == "mistral" else None) or heads
+    windows = _windows(config, count, family)
+    return Spec(
+        family=family,
+        names=_PHI3 if family == "phi3" else _LLAMA,
+        vocab=_count(config, "vocab_size"),
+        hidden=hidden,
+        embed_dim=hidden,
+        head_dim=head_dim,
+        layers=_blocks(heads, kv_heads, _count(config, "intermediate_size"), windows, [head_dim**-0.5] * count),
+        max_positions=_count(config, "max_position_embeddings"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        norm="rms",
+        norm_eps=float(config.get("rms_norm_eps", eps)),
+        norm_affine=True,
+        pre_norm=True,
+        final_norm=True,
+        gated=True,
+        act=_act(config, "hidden_act", "silu"),
+        qkv_bias=attention_bias or family == "qwen2",
+        out_bias=attention_bias,
+        ffn_in_bias=mlp_bias,
+        ffn_out_bias=mlp_bias,
+        qk_norm=family == "qwen3",
+        rope=_rope(config, head_dim, ("default", "longrope") if family == "phi3" else None),
+    )
+
+
+def _opt(config: Config) -> Spec:
+    """OPT: learned positions with offset 2, ReLU by default; the 350m one is post-norm and projects its embeddings."""
+    hidden, heads, count = (_count(config, k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    bias, before = bool(config.get("enable_bias", True)), bool(config.get("do_layer_norm_before", True))
+    head_dim = hidden // heads
+    return Spec(
+        family="opt",
+        names=_OPT,
+        vocab=_count(config, "vocab_size"),
+        hidden=hidden,
+        embed_dim=int(config.get("word_embed_proj_dim") or hidden),
+        head_dim=head_dim,
+        layers=_blocks(heads, heads, _count(config, "ffn_dim"), [0] * count, [head_dim**-0.5] * count),
+        max_positions=_count(config, "max_position_embeddings"),
+        tied=bool(config.get("tie_word_embeddings", True)),
+        norm="layer",
+        norm_eps=1e-5,
+        norm_affine=bool(config.get("layer_norm_elementwise_affine", True)),
+        pre_norm=before,
+        final_norm=before and not config.get("_remove_final_layer_norm", False),
+        gated=False,
+        act=_act(config, "activation_function", "relu"),
+        qkv_bias=bias,
+        out_bias=bias,
+        ffn_in_bias=bias,
+        ffn_out_bias=bias,
+        qk_norm=False,
+        rope=None,
+        position_offset=2,
+    )
+
+
+def _gpt2(config: Config) -> Spec:
+    """GPT-2: learned positions, fused c_attn, weights stored as [inputs, outputs]."""
+    if config.get("add_cross_attention"):
+        raise UnsupportedModel("add_cross_attention is true: pared runs decoders only")
+    hidden, heads, count = (_count(config, k) for k in ("n_embd", "n_head", "n_layer"))
+    head_dim = hidden // heads
+    base = head_dim**-0.5 if config.get("scale_attn_weights", True) else 1.0
+    by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
+    scales = [base / (i + 1) if by_layer else base for i in range(count)]
+    return Spec(
+        family="gpt2",
+        names=_GPT2,
+        vocab=_count(config, "vocab_size"),
+        hidden=hidden,
+        embed_dim=hidden,
+        head_dim=head_dim,
+        layers=_blocks(heads, heads, int(config.get("n_inner") or 4 * hidden), [0] * count, scales),
+        max_positions=_count(config, "n_positions"),
+        tied=bool(config.get("tie_word_embeddings", True)),
+        norm="layer",
+        norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
+        norm_affine=True,
+        pre_norm=True,
+        final_norm=True,
+        gated=False,
+        act=_act(config, "activation_function", "gelu_new"),
+        qkv_bias=True,
+        out_bias=True,
+        ffn_in_bias=True,
+        ffn_out_bias=True,
+        qk_norm=False,
+        rope=None,
+        transposed=True,
+    )
+
+
+_FAMILIES: dict[str, Callable[[Config], Spec]] = {
+    "llama": _llama_like,
+    "mistral": _llama_like,
+    "qwen2": _llama_like,
+    "qwen3": _llama_like,
+    "phi3": _llama_like,
+    "opt": _opt,
+    "gpt2": _gpt2,
+}

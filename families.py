@@ -1,42 +1,19 @@
 """One table per decoder family: where Hugging Face keeps each weight, and which switches the config sets.
 
-`read(config)` turns a `config.json` into a `Spec`: plain switches that the decoder obeys, and the
-names and shapes of every tensor that such a model has. A value that pared cannot run exactly is
-refused by name; nothing is guessed. Llama, Mistral, Qwen2, Qwen3, Phi-3, OPT and GPT-2.
+`read(config)` turns a `config.json` into a `Spec`. A value that pared cannot run exactly is refused by
+name; nothing is guessed. Llama, Mistral, Qwen2, Qwen3, Phi-3, OPT and GPT-2.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from .errors import UnsupportedModel
+from .spec import Layer, Names, Rope, Spec
 
 Config = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Names:
-    """Where a family keeps its modules. Layer names are relative to `layer`, with the index in `{i}`."""
-
-    layer: str
-    qkv: tuple[str, ...]  # three modules, or one that is already fused
-    out: str
-    ffn_in: tuple[str, ...]  # gate and up, one fused gate|up, or one plain input matrix
-    ffn_out: str
-    attn_norm: str
-    ffn_norm: str
-    embed: str
-    final_norm: str
-    positions: str = ""
-    q_norm: str = "self_attn.q_norm"
-    k_norm: str = "self_attn.k_norm"
-    project_in: str = ""
-    project_out: str = ""
-    head: str = "lm_head"
-
 
 _LLAMA = Names(
     layer="model.layers.{i}.",
@@ -76,174 +53,6 @@ _GPT2 = Names(
     final_norm="transformer.ln_f",
     positions="transformer.wpe",
 )
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding: the first `dim` of each head are rotated. Fields beyond `kind` follow its paper.
-
-    kind: default, linear, dynamic, llama3, yarn or longrope. `max_positions` is the trained (dynamic)
-    and `original` the pre-scaling context in tokens; `attention_factor` multiplies cos and sin.
-    """
-
-    kind: str
-    theta: float
-    dim: int
-    max_positions: int
-    factor: float = 1.0
-    original: int = 0
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One block. `window` is the number of keys a query may see, itself included; 0 means all of them."""
-
-    heads: int
-    kv_heads: int
-    ffn: int
-    window: int
-    scale: float  # multiplies q·k before the softmax
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear module: `n` outputs, `k` inputs. `splits` are the widths of what is fused in its outputs.
-
-    transposed: the checkpoint stores [k, n] (GPT-2's Conv1D).
-    """
-
-    path: str
-    n: int
-    k: int
-    bias: bool
-    transposed: bool = False
-    splits: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Everything the decoder must know about a model, as plain switches."""
-
-    family: str
-    names: Names
-    vocab: int
-    hidden: int
-    embed_dim: int  # differs from hidden where OPT projects its embeddings
-    head_dim: int
-    layers: tuple[Layer, ...]
-    max_positions: int
-    tied: bool
-    norm: str  # "rms" or "layer"
-    norm_eps: float
-    norm_affine: bool
-    pre_norm: bool  # False: OPT-350m normalises after each residual sum
-    final_norm: bool
-    gated: bool
-    act: str
-    qkv_bias: bool
-    out_bias: bool
-    ffn_in_bias: bool
-    ffn_out_bias: bool
-    qk_norm: bool
-    rope: Rope | None
-    position_offset: int = 0  # learned positions start at this row
-    transposed: bool = False
-
-    @property
-    def rope_switch(self) -> int | None:
-        """Context in tokens beyond which longrope uses its long factors for the whole sequence."""
-        return self.rope.original if self.rope and self.rope.kind == "longrope" else None
-
-    @property
-    def projected(self) -> bool:
-        return self.embed_dim != self.hidden
-
-    def path(self, layer: int, name: str) -> str:
-        """The full module path of a layer-relative name."""
-        return self.names.layer.format(i=layer) + name
-
-    def linears(self) -> dict[str, Linear]:
-        """Every linear module, in the order of the forward pass; the head is included when it is its own."""
-        found = [linear for i in range(len(self.layers)) for linear in self._layer_linears(i)]
-        if self.projected:
-            found.insert(0, Linear(self.names.project_in, self.hidden, self.embed_dim, bias=False))
-            found.append(Linear(self.names.project_out, self.embed_dim, self.hidden, bias=False))
-        if not self.tied:
-            found.append(Linear(self.names.head, self.vocab, self.embed_dim, bias=False))
-        return {linear.path: linear for linear in found}
-
-    def _layer_linears(self, i: int) -> list[Linear]:
-        layer = self.layers[i]
-        q, kv = layer.heads * self.head_dim, layer.kv_heads * self.head_dim
-        ffn_widths = (layer.ffn, layer.ffn) if self.gated else (layer.ffn,)
-
-        def fused(names: tuple[str, ...], widths: tuple[int, ...], bias: bool) -> list[Linear]:
-            parts = [widths] if len(names) == 1 else [(w,) for w in widths]
-            return [
-                Linear(self.path(i, name), sum(part), self.hidden, bias, self.transposed, part)
-                for name, part in zip(names, parts, strict=True)
-            ]
-
-        def lone(name: str, k: int, bias: bool) -> Linear:
-            return Linear(self.path(i, name), self.hidden, k, bias, self.transposed, (self.hidden,))
-
-        return [
-            *fused(self.names.qkv, (q, kv, kv), self.qkv_bias),
-            lone(self.names.out, q, self.out_bias),
-            *fused(self.names.ffn_in, ffn_widths, self.ffn_in_bias),
-            lone(self.names.ffn_out, layer.ffn, self.ffn_out_bias),
-        ]
-
-    def plain(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that belongs to no linear module: embeddings and norms, name -> shape."""
-        found: dict[str, tuple[int, ...]] = {f"{self.names.embed}.weight": (self.vocab, self.embed_dim)}
-        if self.names.positions:
-            rows = self.max_positions + self.position_offset
-            found[f"{self.names.positions}.weight"] = (rows, self.hidden)
-        for i in range(len(self.layers)):
-            for name in (self.names.attn_norm, self.names.ffn_norm):
-                found |= self._norm(self.path(i, name), self.hidden)
-            if self.qk_norm:
-                for name in (self.names.q_norm, self.names.k_norm):
-                    found |= self._norm(self.path(i, name), self.head_dim)
-        if self.final_norm:
-            found |= self._norm(self.names.final_norm, self.hidden)
-        return found
-
-    def _norm(self, path: str, width: int) -> dict[str, tuple[int, ...]]:
-        if not self.norm_affine:
-            return {}
-        parts = ("weight", "bias") if self.norm == "layer" else ("weight",)
-        return {f"{path}.{part}": (width,) for part in parts}
-
-    def canonical(self, name: str) -> str | None:
-        """The name this model gives to a checkpoint's tensor; None for a buffer that holds no weight.
-
-        Checkpoints of the bare backbone lack the leading module. A tied head stored a second time is
-        named like the embedding: whoever reads both must find them equal.
-        """
-        if re.search(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$", name):
-            return None
-        if self.tied and name == f"{self.names.head}.weight":
-            return f"{self.names.embed}.weight"
-        if name.startswith(f"{self.names.head}."):
-            return name
-        prefix, _, rest = self.names.embed.rpartition(".")[0].partition(".")
-        if not name.startswith(f"{prefix}."):
-            name = f"{prefix}.{name}"
-        if rest and not name.startswith(f"{prefix}.{rest}."):
-            return f"{prefix}.{rest}.{name.removeprefix(prefix + '.')}"
-        return name
 
 
 # --- reading a config --------------------------------------------------------------------------

@@ -1,0 +1,232 @@
+"""Find or build the native CPU library, and call it with tensors.
+
+The methods of `Library` trust their caller: every check of shapes, dtypes and strides belongs to the launcher that
+calls them (dense.py, fused.py, attention.py). Tensors are contiguous unless a method says otherwise, weights of norms
+and rotary tables are fp32, and results are written into tensors that the caller made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from . import build
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
+KINDS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
+
+_INT, _I64, _F32, _PTR = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_RUN = (_INT, _INT, _INT)  # level, dtype, threads
+_SIGNATURES = {
+    "pared_best_level": (),
+    "pared_linear": (*_RUN, *[_PTR] * 4, _INT, *[_I64] * 3),
+    "pared_read": (_INT, _INT, _PTR, _I64, _PTR),
+    "pared_rms_norm": (*_RUN, *[_PTR] * 3, *[_I64] * 3, _F32),
+    "pared_add_rms_norm": (*_RUN, *[_PTR] * 5, *[_I64] * 2, _F32),
+    "pared_layer_norm": (*_RUN, *[_PTR] * 4, *[_I64] * 2, _F32),
+    "pared_gated_act": (*_RUN, _INT, *[_PTR] * 2, *[_I64] * 2),
+    "pared_act": (*_RUN, _INT, *[_PTR] * 2, _I64),
+    "pared_rotary_cache": (*_RUN, *[_PTR] * 7, *[_I64] * 5),
+    "pared_paged_attention": (*_RUN, *[_PTR] * 7, *[_I64] * 7, _F32),
+}
+
+# Rows up to which the native linear is at least as fast as F.linear, from bench/cpu_linear.py.
+_LINEAR_ROWS = {torch.float32: 4, torch.bfloat16: 4, torch.float16: 4}
+
+
+class Library:
+    """The native kernels of one shared library, at one instruction-set level."""
+
+    def __init__(self, path: Path, level: str | None = None) -> None:
+        """path: the shared library. level: one of `levels()`, the best when None."""
+        self.path = path
+        calls = ctypes.CDLL(str(path))
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(calls, name)
+            function.argtypes, function.restype = list(arguments), _INT if not arguments else None
+        self._calls = calls
+        self._best = calls.pared_best_level()
+        self._level = self._best if level is None else LEVELS.index(level)
+        if self._level > self._best:
+            raise ValueError(f"this CPU runs up to {LEVELS[self._best]}, not {level}")
+
+    @property
+    def level(self) -> str:
+        """The instruction set in use, one of LEVELS."""
+        return LEVELS[self._level]
+
+    def levels(self) -> tuple[str, ...]:
+        """Every level that this CPU can run, slowest first."""
+        return LEVELS[: self._best + 1]
+
+    def at(self, level: str) -> Library:
+        """The same kernels held to `level`."""
+        return Library(self.path, level)
+
+    def linear_rows(self, dtype: torch.dtype) -> int:
+        """The largest M for which `linear` is the path of choice; F.linear is above it."""
+        return _LINEAR_ROWS[dtype]
+
+    def linear(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """out [M, N] = x [M, K] @ w [N, K]^T + bias [N]; x, w, out of one dtype, bias of that or fp32.
+
+        A row's result does not depend on M.
+        """
+        m, k = x.shape
+        self._calls.pared_linear(
+            self._level,
+            DTYPES[w.dtype],
+            torch.get_num_threads(),
+            x.data_ptr(),
+            w.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            bias is not None and bias.dtype == torch.float32,
+            m,
+            w.shape[0],
+            k,
+        )
+
+    def read(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Read every byte of x as fast as the machine allows: the bench's ceiling. out: int64 [1], a checksum."""
+        self._calls.pared_read(
+            self._level, torch.get_num_threads(), x.data_ptr(), x.numel() * x.element_size(), out.data_ptr()
+        )
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        """out [M, D] = x [M, D] / rms(x) * weight [D]; x's rows may lie apart (stride(0) >= D)."""
+        m, d = x.shape
+        self._calls.pared_rms_norm(
+            *self._run(x), x.data_ptr(), weight.data_ptr(), out.data_ptr(), m, d, x.stride(0), eps
+        )
+
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        out: torch.Tensor,
+        new_residual: torch.Tensor,
+    ) -> None:
+        """new_residual [M, D] = x + residual, rounded to their dtype; out = rms_norm(new_residual)."""
+        pointers = (t.data_ptr() for t in (x, residual, weight, out, new_residual))
+        self._calls.pared_add_rms_norm(*self._run(x), *pointers, *x.shape, eps)
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor
+    ) -> None:
+        """out [M, D] = (x - mean) / std * weight [D] + bias [D]."""
+        shift = None if bias is None else bias.data_ptr()
+        self._calls.pared_layer_norm(
+            *self._run(x), x.data_ptr(), weight.data_ptr(), shift, out.data_ptr(), *x.shape, eps
+        )
+
+    def gated_act(self, gate_up: torch.Tensor, kind: str, out: torch.Tensor) -> None:
+        """out [M, F] = act(gate) * up for gate_up [M, 2F] = gate | up."""
+        self._calls.pared_gated_act(*self._run(out), KINDS[kind], gate_up.data_ptr(), out.data_ptr(), *out.shape)
+
+    def act(self, x: torch.Tensor, kind: str, out: torch.Tensor) -> None:
+        """out = act(x), any shape."""
+        self._calls.pared_act(*self._run(x), KINDS[kind], x.data_ptr(), out.data_ptr(), x.numel())
+
+    def rotary_cache(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        slots: torch.Tensor,
+        heads: int,
+        q: torch.Tensor,
+    ) -> None:
+        """q [T, H, D] and k_pool[slots] = rotated parts of qkv [T, (H + 2 KV) D], v_pool[slots] = its last part.
+
+        cos, sin: fp32 [T, R / 2], R <= D the rotated part (0: none); pools [blocks, page, KV, D]; slots int64 [T].
+        """
+        kv_heads, head_dim = k_pool.shape[2:]
+        pointers = (t.data_ptr() for t in (qkv, cos, sin, k_pool, v_pool, slots, q))
+        self._calls.pared_rotary_cache(
+            *self._run(qkv), *pointers, qkv.shape[0], heads, kv_heads, head_dim, 2 * cos.shape[1]
+        )
+
+    def paged_attention(
+        self,
+        q: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        block_tables: torch.Tensor,
+        scale: float,
+        window: int,
+        out: torch.Tensor,
+    ) -> None:
+        """out [T, H, D]: causal softmax(scale q k^T) v over paged keys, as attention.paged_attention defines it.
+
+        pools [blocks, page, KV, D]; query_starts int32 [S + 1], context_lens int32 [S], block_tables int32 [S, B];
+        window > 0 hides keys that lie `window` or more before the query.
+        """
+        pointers = (t.data_ptr() for t in (q, k_pool, v_pool, query_starts, context_lens, block_tables, out))
+        _, page, kv_heads, head_dim = k_pool.shape
+        sequences, width = block_tables.shape
+        self._calls.pared_paged_attention(
+            *self._run(q), *pointers, sequences, width, page, q.shape[1], kv_heads, head_dim, window, scale
+        )
+
+    def _run(self, x: torch.Tensor) -> tuple[int, int, int]:
+        return self._level, DTYPES[x.dtype], torch.get_num_threads()
+
+
+def load() -> Library | None:
+    """The native kernels of this machine, built at the first call when need be; None says `why_not`."""
+    return _outcome()[0]
+
+
+def why_not() -> str:
+    """Why `load` gave None; empty when it did not."""
+    return _outcome()[1]
+
+
+@functools.cache
+def _outcome() -> tuple[Library | None, str]:
+    name = build.file_name()
+    for folder in (build.SOURCES, cache_folder()):
+        found = _open(folder / name)
+        if found:
+            return found, ""
+    try:
+        return Library(_build()), ""
+    except (build.BuildFailed, OSError) as error:
+        return None, f"no native CPU kernels: {error}"
+
+
+def cache_folder() -> Path:
+    """Where a library that was built at first use is kept: $PARED_CACHE, else ~/.cache/pared."""
+    chosen = os.environ.get("PARED_CACHE")
+    return Path(chosen) if chosen else Path("~/.cache/pared").expanduser()
+
+
+def _open(path: Path) -> Library | None:
+    """The library at `path`, or None when it is missing, damaged, or made for another system."""
+    if not build.intact(path):
+        return None
+    try:
+        return Library(path)
+    except (OSError, AttributeError):
+        return None
+
+
+def _build() -> Path:
+    """Build into the cache folder, or for this process alone where that cannot be written."""
+    try:
+        return build.compile_library(cache_folder())
+    except OSError:
+        return build.compile_library(tempfile.mkdtemp(prefix="pared-"))

@@ -1,5 +1,36 @@
-"""pared: a runtime for language models that have been pared down."""
+"""pared: a runtime for language models that have been pared down.
+
+    from pared import LLM, SamplingParams
+    for out in LLM("a-compact-folder").generate(["Once upon a time"], SamplingParams(max_tokens=32)):
+        print(out.text)
+
+The names below are imported when they are first used, so that `import pared` loads no torch.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import errors
+    from .convert import convert
+    from .runtime.llm import LLM
+    from .runtime.params import SamplingParams
+
 __version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__", "convert", "errors"]
+
+_HOMES = {"LLM": ".runtime.llm", "SamplingParams": ".runtime.params", "convert": ".convert"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module(".errors", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,195 @@
+"""dense: every weight stored as it is. The format that takes what no other takes, and the baseline of all.
+
+    W [N=2, K=3] = | a b c |      role "weight": a b c d e f      row-major, the unit's own dtype
+                   | d e f |      role "bias":   g h              only when the unit has one
+
+    params {"transposed": true}   role "weight": a d b e c f      [K, N], as GPT-2's Conv1D keeps it on disk
+
+Paths of `apply`, by the number of rows M:
+
+    GPU   M = 1               Triton GEMV: multiply and add, no tensor cores (triton_dense.py)
+          M <= GPU_ROWS       Triton GEMM: tensor cores, weights read once for all rows, split-K
+          M above             cuBLAS: compute-bound, nothing of ours to gain until an epilogue is fused
+    CPU   M <= linear_rows    native GEMV (native/library.py, measured by bench/cpu_linear.py)
+          M above             F.linear, oneDNN's blocked GEMM
+
+GPU_ROWS has not been measured on a GPU: 128 is where 128-row tiles still read every weight once.
+Without a compiler or without Triton, F.linear runs at every M and is counted as a fall-back.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import ops
+from .dispatch import fallback, interpreting
+from .native import library
+from .unit import Packed, Prepared, Traffic, Unit
+
+NAME = "dense"
+VERSION = 1
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Rows up to which the Triton kernels run on a GPU. fp32 has no tensor cores at full precision.
+GPU_ROWS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 16}
+
+
+def fits(unit: Unit) -> str | None:
+    """None when the unit is a linear layer (one or more outputs of one input), else what keeps it out."""
+    weight, bias = unit.tensors.get("weight"), unit.tensors.get("bias")
+    others = sorted(unit.tensors.keys() - {"weight", "bias"})
+    if weight is None or others:
+        return f"dense stores a weight and perhaps a bias, the unit has {sorted(unit.tensors)}"
+    if weight.dtype not in DTYPES or (bias is not None and bias.dtype != weight.dtype):
+        return (
+            f"dense takes bfloat16, float16 and float32 alone, not {weight.dtype} with a bias of {bias and bias.dtype}"
+        )
+    outputs = sum(n for n, _ in unit.modules.values())
+    if any(tuple(weight.shape) != (outputs, k) for _, k in unit.modules.values()):
+        return f"the weight is {tuple(weight.shape)}, the modules are {unit.modules}"
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        return f"the bias is {tuple(bias.shape)}, the outputs are {outputs}"
+    return None
+
+
+def encode(unit: Unit, transposed: bool = False) -> Packed:
+    """The unit's tensors, contiguous; `transposed` stores the weight as [K, N]."""
+    reason = fits(unit)
+    if reason:
+        raise ValueError(reason)
+    tensors = {role: tensor.contiguous() for role, tensor in unit.tensors.items()}
+    if transposed:
+        tensors["weight"] = unit.tensors["weight"].t().contiguous()
+    return Packed(NAME, VERSION, dict(unit.modules), tensors, {"transposed": True} if transposed else {})
+
+
+def decode(packed: Packed) -> Unit:
+    """The unit that was encoded, bit for bit."""
+    return Unit(dict(packed.modules), {**packed.tensors, "weight": _weight(packed).contiguous()})
+
+
+def reference(x: torch.Tensor, packed: Packed, path: str) -> torch.Tensor:
+    """x [M, K] -> y [M, N] of module `path` in x.dtype: one fp32 matmul, one rounding."""
+    y = x.float() @ _outputs(packed, path, _weight(packed)).float().t()
+    if "bias" in packed.tensors:
+        y += _outputs(packed, path, packed.tensors["bias"]).float()
+    return y.to(x.dtype)
+
+
+def stack(packs: list[Packed]) -> Packed | None:
+    """One unit whose outputs are those of `packs` in order; None when input, dtype, bias or layout differ."""
+    kinds = {(_weight(p).shape[1], _weight(p).dtype, "bias" in p.tensors, _transposed(p)) for p in packs}
+    if len(kinds) != 1:
+        return None
+    modules = {path: shape for p in packs for path, shape in p.modules.items()}
+    tensors = {"weight": torch.cat([p.tensors["weight"] for p in packs], dim=1 if _transposed(packs[0]) else 0)}
+    if "bias" in packs[0].tensors:
+        tensors["bias"] = torch.cat([p.tensors["bias"] for p in packs])
+    return Packed(NAME, VERSION, modules, tensors, packs[0].params)
+
+
+def prepare(packed: Packed, device: torch.device | str) -> Prepared:
+    """weight [N, K] and bias [N] or None on `device`; nothing is copied that already lies right."""
+    weight, bias = _weight(packed).to(device).contiguous(), packed.tensors.get("bias")
+    widths = tuple(n for n, _ in packed.modules.values())
+    return Prepared(NAME, {next(iter(packed.modules)): widths}, (weight, None if bias is None else bias.to(device)))
+
+
+def apply(x: torch.Tensor, prepared: Prepared, path: str) -> torch.Tensor:
+    """x [M, K] contiguous -> y [M, N] for all outputs of the unit; `path` is the unit's first."""
+    return _LINEAR(x, *prepared.tensors)
+
+
+def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
+    """Outputs (dim 0) or inputs (dim 1) [start, stop) of module `path`; of input shards the first keeps the bias."""
+    n, k = packed.modules[path]
+    if dim not in (0, 1) or not 0 <= start < stop <= (n, k)[dim]:
+        raise ValueError(f"{path} is [{n}, {k}]: dim {dim} has no [{start}, {stop})")
+    weight = _outputs(packed, path, _weight(packed)).narrow(dim, start, stop - start)
+    tensors = {"weight": (weight.t() if _transposed(packed) else weight).contiguous()}
+    if "bias" in packed.tensors and (dim == 0 or start == 0):
+        bias = _outputs(packed, path, packed.tensors["bias"])
+        tensors["bias"] = (bias[start:stop] if dim == 0 else bias).contiguous()
+    return Packed(NAME, VERSION, {path: (weight.shape[0], weight.shape[1])}, tensors, packed.params)
+
+
+def traffic(packed: Packed, m: int) -> Traffic:
+    """Every weight and bias once, and two flops for each weight and row."""
+    weights = packed.tensors["weight"].numel()
+    return Traffic(sum(t.nbytes for t in packed.tensors.values()), 2 * m * weights)
+
+
+def cases() -> list[Unit]:
+    """One output, one input, ragged edges, fused outputs, a bias, every dtype."""
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(outputs: tuple[int, ...], k: int, dtype: torch.dtype, bias: bool) -> Unit:
+        n = sum(outputs)
+        tensors = {"weight": (torch.randn(n, k, generator=generator) * k**-0.5).to(dtype)}
+        if bias:
+            tensors["bias"] = torch.randn(n, generator=generator).to(dtype)
+        return Unit({f"m{i}": (width, k) for i, width in enumerate(outputs)}, tensors)
+
+    shapes = [((1,), 1), ((33,), 7), ((1,), 64), ((64, 16, 16), 96), ((130,), 257)]
+    return [unit(outputs, k, dtype, bias=k != 64) for outputs, k in shapes for dtype in DTYPES]
+
+
+def _transposed(packed: Packed) -> bool:
+    return bool(packed.params.get("transposed", False))
+
+
+def _weight(packed: Packed) -> torch.Tensor:
+    """The stored weight as [N, K], a view."""
+    return packed.tensors["weight"].t() if _transposed(packed) else packed.tensors["weight"]
+
+
+def _outputs(packed: Packed, path: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The rows of `tensor` [sum of N, ...] that belong to module `path`, a view."""
+    if path not in packed.modules:
+        raise KeyError(f"{path} is not in this unit; it has {list(packed.modules)}")
+    widths = [n for n, _ in packed.modules.values()]
+    return tensor.split(widths)[list(packed.modules).index(path)]
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if x.dim() != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype or not x.is_contiguous():
+        raise ValueError(
+            f"linear wants contiguous x [M, {weight.shape[1]}] of {weight.dtype}, "
+            f"got {tuple(x.shape)} of {x.dtype} with strides {x.stride()}"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise ValueError(
+            f"linear wants a bias [{weight.shape[0]}] of {weight.dtype}, got {tuple(bias.shape)} of {bias.dtype}"
+        )
+
+
+def _linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    _check(x, weight, bias)
+    native = library.load()
+    if native is None:
+        fallback("linear", library.why_not())
+    elif x.shape[0] <= native.linear_rows(x.dtype):
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        native.linear(x, weight, bias, y)
+        return y
+    return F.linear(x, weight, bias)
+
+
+def _linear_gpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    _check(x, weight, bias)
+    triton_dense = ops.triton_kernels("dense")
+    if triton_dense is None:
+        fallback("linear", "Triton is not installed")
+    elif x.shape[0] <= GPU_ROWS[x.dtype] or interpreting():
+        return triton_dense.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+_LINEAR = ops.register(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", cpu=_linear_cpu, gpu=_linear_gpu, fake=_linear_fake
+)

@@ -1,0 +1,172 @@
+"""From a compact folder to a `Decoder`, with a full account: nothing missing, nothing left over, no wrong shape.
+
+The manifest says which unit serves which modules. Units that read the same input (q, k and v; gate and
+up) are stacked where their format can, and each distinct set is prepared once, so that a basis shared
+by several layers stays one tensor in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from .. import families
+from ..compact import Folder, UnitEntry, open_folder
+from ..errors import MissingTensors, UnknownVersion, WrongShape
+from ..kernels import formats
+from ..kernels.unit import Packed, Prepared
+from ..spec import Spec
+from .model import Block, Decoder, Ffn, Norm, Projection, Weights
+
+
+def load(path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Decoder:
+    """Load a compact folder for running.
+
+    device: default is the GPU if there is one, else the CPU. dtype: of weights and activations; default
+    is what the folder holds. Raises the FolderError that names what is wrong with the folder.
+    """
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with open_folder(path) as folder:
+        spec = families.read(folder.config)
+        _account(folder, spec)
+        return Decoder(spec, _Loading(folder, spec, target, dtype).weights())
+
+
+def _account(folder: Folder, spec: Spec) -> None:
+    """Hold the manifest against the model: every linear served once in its shape, every plain tensor there."""
+    wanted = {path: (linear.n, linear.k) for path, linear in spec.linears().items()}
+    if spec.tied:
+        wanted[spec.names.head] = (spec.vocab, spec.embed_dim)
+    served: dict[str, tuple[int, int]] = {}
+    for entry in folder.manifest.units:
+        _check_format(folder.path, entry)
+        for module, shape in entry.modules.items():
+            if module in served:
+                raise WrongShape(f"{folder.path}: module {module} is served by two units of the manifest")
+            served[module] = shape
+    _compare(folder.path, "module", wanted, served)
+    _compare(folder.path, "tensor", spec.plain(), folder.manifest.plain)
+
+
+def _check_format(path: Path, entry: UnitEntry) -> None:
+    newest = {module.NAME: module.VERSION for module in formats.FORMATS}
+    if entry.version > newest.get(entry.format, 0):
+        known = ", ".join(f"{name} {version}" for name, version in newest.items())
+        raise UnknownVersion(
+            f"{path}: {next(iter(entry.modules))} is stored as {entry.format} version {entry.version}, this pared reads"
+            f" {known}; install a newer pared"
+        )
+
+
+def _compare(path: Path, kind: str, wanted: dict, found: dict) -> None:
+    missing = sorted(wanted.keys() - found.keys())
+    if missing:
+        raise MissingTensors(f"{path}: the manifest lacks {kind} {missing[0]}" + _and_more(missing))
+    for name, shape in found.items():
+        if name not in wanted:
+            raise WrongShape(f"{path}: the manifest has {kind} {name}, which this model does not have")
+        if tuple(shape) != tuple(wanted[name]):
+            raise WrongShape(f"{path}: {kind} {name} is {list(shape)}, the config says {list(wanted[name])}")
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+@dataclass
+class _Loading:
+    """The state of one load: tensors already on the device, sets of units already prepared."""
+
+    folder: Folder
+    spec: Spec
+    device: torch.device
+    dtype: torch.dtype | None
+    _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _prepared: dict[tuple[str, ...], Prepared] = field(default_factory=dict)
+    _units: dict[str, UnitEntry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._units = {module: entry for entry in self.folder.manifest.units for module in entry.modules}
+
+    def weights(self) -> Weights:
+        spec, names = self.spec, self.spec.names
+        embed = self._tensor(f"{names.embed}.weight")
+        return Weights(
+            embed=embed,
+            positions=self._tensor(f"{names.positions}.weight") if names.positions else None,
+            project_in=self._projection([names.project_in]) if spec.projected else None,
+            blocks=tuple(self._block(i) for i in range(len(spec.layers))),
+            final_norm=self._norm(names.final_norm, spec.hidden) if spec.final_norm else None,
+            project_out=self._projection([names.project_out]) if spec.projected else None,
+            head=self._projection([names.head]),
+        )
+
+    def _block(self, i: int) -> Block:
+        spec, names = self.spec, self.spec.names
+
+        def paths(*modules: str) -> list[str]:
+            return [spec.path(i, module) for module in modules]
+
+        def norm(name: str, width: int) -> Norm:
+            return self._norm(spec.path(i, name), width)
+
+        return Block(
+            layer=spec.layers[i],
+            attn_norm=norm(names.attn_norm, spec.hidden),
+            qkv=self._projection(paths(*names.qkv)),
+            out=self._projection(paths(names.out)),
+            ffn_norm=norm(names.ffn_norm, spec.hidden),
+            ffn=Ffn(
+                self._projection(paths(*names.ffn_in)), self._projection(paths(names.ffn_out)), spec.act, spec.gated
+            ),
+            q_norm=norm(names.q_norm, spec.head_dim) if spec.qk_norm else None,
+            k_norm=norm(names.k_norm, spec.head_dim) if spec.qk_norm else None,
+        )
+
+    def _projection(self, paths: list[str]) -> Projection:
+        """Stack the units behind these modules if their format can; else run them one after the other."""
+        stacked = self._prepare(paths)
+        if stacked:
+            return Projection(((stacked, paths[0]),))
+        return Projection(tuple((prepared, path) for path in paths if (prepared := self._prepare([path]))))
+
+    def _prepare(self, paths: list[str]) -> Prepared | None:
+        entries = [self._units[path] for path in paths]
+        key = tuple(next(iter(entry.modules)) for entry in entries)
+        if key not in self._prepared:
+            if len({entry.format for entry in entries}) > 1:
+                return None
+            module = formats.by_name(entries[0].format)
+            packs = [self._packed(entry) for entry in entries]
+            packed = packs[0] if len(packs) == 1 else module.stack(packs)
+            if packed is None:
+                return None
+            self._prepared[key] = module.prepare(packed, self.device)
+        return self._prepared[key]
+
+    def _packed(self, entry: UnitEntry) -> Packed:
+        tensors = {role: self._tensor(name) for role, name in entry.tensors.items()}
+        return Packed(entry.format, entry.version, entry.modules, tensors, entry.params)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the folder on the device; kept only where a second user is known (the tied embedding)."""
+        if name in self._tensors:
+            return self._tensors[name]
+        found = self.folder.tensor(name)
+        if found.is_floating_point():
+            found = found.to(self.dtype or found.dtype)
+        found = found.to(self.device)
+        if name in self.folder.manifest.plain:
+            self._tensors[name] = found
+        return found
+
+    def _norm(self, path: str, width: int) -> Norm:
+        def parameter(part: str, absent: float) -> torch.Tensor:
+            if f"{path}.{part}" in self.folder.manifest.plain:
+                return self.folder.tensor(f"{path}.{part}").to(self.device, torch.float32)
+            return torch.full((width,), absent, dtype=torch.float32, device=self.device)
+
+        return Norm(self.spec.norm, self.spec.norm_eps, parameter("weight", 1.0), parameter("bias", 0.0))

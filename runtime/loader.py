@@ -7,8 +7,7 @@ by several layers stays one tensor in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -48,7 +47,7 @@ def _account(folder: Folder, spec: Spec) -> None:
                 raise WrongShape(f"{folder.path}: module {module} is served by two units of the manifest")
             served[module] = shape
     _compare(folder.path, "module", wanted, served)
-    _compare(folder.path, "tensor", spec.plain(), folder.manifest.plain)
+    _compare(folder.path, "tensor", spec.plain(), folder.manifest.plain_shapes)
 
 
 def _check_format(path: Path, entry: UnitEntry) -> None:

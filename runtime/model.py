@@ -110,7 +110,7 @@ class _Step:
 class Decoder:
     """A model ready to run. Calling it with a batch and its cache gives logits."""
 
-    def __init__(self, spec: Spec, weights: Weights):
+    def __init__(self, spec: Spec, weights: Weights) -> None:
         self.spec = spec
         self.weights = weights
         self.device = weights.embed.device

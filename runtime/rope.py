@@ -18,7 +18,7 @@ from ..spec import Rope
 class RotaryTable:
     """Computes cos and sin, fp32 [T, dim / 2], for positions [T] and rope_lens [T] (int64)."""
 
-    def __init__(self, rope: Rope, device: torch.device):
+    def __init__(self, rope: Rope, device: torch.device) -> None:
         self.rope = rope
         self.exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64).float().to(device) / rope.dim
         self.scale = _attention_scale(rope)

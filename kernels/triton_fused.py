@@ -1,0 +1,180 @@
+"""Triton kernels of the small steps of fused.py: one program for a row, a head or a block of elements.
+
+All compute in fp32 and cast at the store. Launchers trust fused.py, which checks shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .dispatch import interpreting
+
+Tensor = torch.Tensor
+
+ACT_BLOCK = 16384 if interpreting() else 1024
+
+
+@triton.jit
+def _rms_norm(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, D, stride_xm, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride_xm + d, mask=d < D, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(residual_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * D + d, total, mask=d < D)
+        x = total.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0)
+    tl.store(y_ptr + row * D + d, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _layer_norm(x_ptr, weight_ptr, bias_ptr, y_ptr, D, eps, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    centred = tl.where(d < D, x - tl.sum(x, axis=0) / D, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + eps)
+    y = centred * scale * tl.load(weight_ptr + d, mask=d < D, other=0.0)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + d, mask=d < D, other=0.0)
+    tl.store(y_ptr + row * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _rotary_cache(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    k_pool_ptr,
+    v_pool_ptr,
+    slots_ptr,
+    q_ptr,
+    heads,
+    kv_heads,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    d = tl.arange(0, BLOCK)
+    inside = d < HEAD_DIM
+    source = qkv_ptr + (token * (heads + 2 * kv_heads) + head) * HEAD_DIM
+    x = tl.load(source + d, mask=inside, other=0.0)
+    slot = tl.load(slots_ptr + token) * kv_heads
+    if head >= heads + kv_heads:
+        tl.store(v_pool_ptr + (slot + head - heads - kv_heads) * HEAD_DIM + d, x, mask=inside)
+    else:
+        rotated = d < 2 * HALF
+        # Dim i turns with dim i + HALF: (a, b) -> (a cos - b sin, b cos + a sin).
+        partner = tl.load(source + tl.where(d < HALF, d + HALF, d - HALF), mask=rotated, other=0.0).to(tl.float32)
+        angle = token * HALF + tl.where(d < HALF, d, d - HALF)
+        cos = tl.load(cos_ptr + angle, mask=rotated, other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=rotated, other=0.0)
+        turned = x.to(tl.float32) * cos + partner * tl.where(d < HALF, -sin, sin)
+        y = turned.to(q_ptr.dtype.element_ty)
+        if head < heads:
+            tl.store(q_ptr + (token * heads + head) * HEAD_DIM + d, y, mask=inside)
+        else:
+            tl.store(k_pool_ptr + (slot + head - heads) * HEAD_DIM + d, y, mask=inside)
+
+
+@triton.jit
+def _activate(x, KIND: tl.constexpr):
+    """act(x) for fp32 x. 0.5 (1 + tanh(u)) is written as sigmoid(2 u), the same function."""
+    if KIND == "silu":
+        return x * tl.sigmoid(x)
+    elif KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "relu":
+        return tl.maximum(x, 0.0)
+    else:
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def _act(x_ptr, y_ptr, size, F, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    # In gate | up of F columns each, element i of row r has its gate at 2 F r + i and its up F further.
+    gate = at + (at // F) * F if GATED else at
+    y = _activate(tl.load(x_ptr + gate, mask=inside, other=0.0).to(tl.float32), KIND)
+    if GATED:
+        y *= tl.load(x_ptr + gate + F, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See fused.rms_norm."""
+    y = x.new_empty(x.shape)
+    if y.numel():
+        _launch_rms_norm(x, None, weight, y, None, eps)
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See fused.add_rms_norm."""
+    y, total = torch.empty_like(x), torch.empty_like(x)
+    if y.numel():
+        _launch_rms_norm(x, residual, weight, y, total, eps)
+    return y, total
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """See fused.layer_norm."""
+    y, (m, d) = torch.empty_like(x), x.shape
+    block = triton.next_power_of_2(d)
+    if m:
+        _layer_norm[(m,)](x, weight, bias, y, d, eps, HAS_BIAS=bias is not None, BLOCK=block, num_warps=_warps(block))
+    return y
+
+
+def rotary_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, heads: int
+) -> Tensor:
+    """See fused.rotary_cache."""
+    kv_heads, head_dim = k_pool.shape[2:]
+    q = qkv.new_empty(qkv.shape[0], heads, head_dim)
+    if q.numel():
+        sizes = {"HEAD_DIM": head_dim, "HALF": cos.shape[1], "BLOCK": triton.next_power_of_2(head_dim)}
+        grid = (qkv.shape[0], heads + 2 * kv_heads)
+        _rotary_cache[grid](qkv, cos, sin, k_pool, v_pool, slots, q, heads, kv_heads, **sizes, num_warps=1)
+    return q
+
+
+def gated_act(gate_up: Tensor, kind: str) -> Tensor:
+    """See fused.gated_act."""
+    y = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    if y.numel():
+        grid = (triton.cdiv(y.numel(), ACT_BLOCK),)
+        _act[grid](gate_up, y, y.numel(), y.shape[1], KIND=kind, GATED=True, BLOCK=ACT_BLOCK)
+    return y
+
+
+def act(x: Tensor, kind: str) -> Tensor:
+    """See fused.act."""
+    y = torch.empty_like(x)
+    if y.numel():
+        grid = (triton.cdiv(y.numel(), ACT_BLOCK),)
+        _act[grid](x, y, y.numel(), y.numel(), KIND=kind, GATED=False, BLOCK=ACT_BLOCK)
+    return y
+
+
+def _launch_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, total: Tensor | None, eps: float
+) -> None:
+    m, d = x.shape
+    block = triton.next_power_of_2(d)
+    add = residual is not None
+    _rms_norm[(m,)](x, residual, weight, y, total, d, x.stride(0), eps, ADD=add, BLOCK=block, num_warps=_warps(block))
+
+
+def _warps(block: int) -> int:
+    """Warps for a row of `block` elements: eight elements a thread, four to sixteen warps above one row of a warp."""
+    return min(max(block // 256, 1), 16)

@@ -1,0 +1,83 @@
+"""Launch sizes of the Triton kernels: a table that people edit, with a default. Nothing is searched at run time.
+
+Keys are targets: "sm_90", "gfx942", ... as Triton names the device in use, "default" for any other,
+and "interpret" for the interpreter, which pays by the operation and so wants few, large tiles.
+No entry has been timed on a GPU yet: the defaults follow from bytes in flight (48 KiB and more for
+each multiprocessor), registers and shared memory, which tests/test_triton_compile.py checks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+
+from .dispatch import interpreting
+
+
+class Tile(NamedTuple):
+    """What one program computes: `m` rows by `n` outputs, `k` inputs a step, and how it is launched."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# M = 1. Four rows of 1024: every thread holds eight 16-byte loads in flight in 64 registers or fewer.
+GEMV = {
+    "default": Tile(1, 4, 1024, warps=4, stages=1),
+    "interpret": Tile(1, 1024, 1024, warps=1, stages=1),
+}
+
+# M > 1: the first tile with m >= M, else the last. k counts 2-byte elements; fp32 takes half of it.
+GEMM = {
+    "default": (
+        Tile(16, 32, 128, warps=4, stages=4),
+        Tile(32, 32, 128, warps=4, stages=4),
+        Tile(64, 64, 64, warps=4, stages=4),
+        Tile(128, 128, 64, warps=8, stages=3),
+    ),
+    "gfx942": (
+        Tile(16, 32, 128, warps=4, stages=2),
+        Tile(32, 32, 128, warps=4, stages=2),
+        Tile(64, 64, 64, warps=4, stages=2),
+        Tile(128, 128, 64, warps=8, stages=2),
+    ),
+    "interpret": (Tile(16, 256, 256, warps=1, stages=1), Tile(128, 256, 256, warps=1, stages=1)),
+}
+
+# Attention: m query rows (times the heads that share a key head) against n keys a step.
+ATTENTION = {
+    "default": (Tile(16, 64, 0, warps=4, stages=2), Tile(64, 64, 0, warps=4, stages=2)),
+    "interpret": (Tile(16, 64, 0, warps=1, stages=1), Tile(64, 128, 0, warps=1, stages=1)),
+}
+
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpret": 4, "default": 132}
+"""Programs that run at once, at least: a smaller grid leaves part of the machine idle, so K is split."""
+
+MIN_SPLIT_K = 512
+"""Inputs that a split must keep: below, writing and adding its partial sums costs more than it fills."""
+
+
+def target() -> str:
+    """The name of the device that a launch would compile for."""
+    if interpreting():
+        return "interpret"
+    current = triton.runtime.driver.active.get_current_target()
+    return f"sm_{current.arch}" if current.backend == "cuda" else str(current.arch)
+
+
+def pick(tiles: tuple[Tile, ...], rows: int) -> Tile:
+    """The first tile that holds `rows`, else the largest."""
+    return next((tile for tile in tiles if tile.m >= rows), tiles[-1])
+
+
+def splits(programs: int, k: int, tile: Tile, name: str) -> int:
+    """Into how many parts K is cut (a power of two) so that the grid fills the machine `name`."""
+    wanted = MULTIPROCESSORS.get(name, MULTIPROCESSORS["default"])
+    parts = 1
+    while programs * parts < wanted and k >= 2 * parts * max(MIN_SPLIT_K, tile.k):
+        parts *= 2
+    return parts

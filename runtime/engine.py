@@ -1,0 +1,209 @@
+"""The token-level engine: requests go in, every step gives tokens back. It knows no text and starts no thread.
+
+    id = core.add(tokens, params);  while core.busy: for output in core.step(): ...
+
+Every request ends with exactly one output whose `finish_reason` is set: "stop" (end of text or a stop token),
+"length" (max_tokens, the context or the cache is full) or "abort" (cancelled, or a step that it was part of failed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..errors import BadParameter, EmptyPrompt, EngineError, ParedError, PromptTooLong
+from .batch import Batch, build_batch
+from .cache import BlockAllocator, KVCache
+from .params import SamplingParams
+from .sampler import TokenLogprob, sample
+from .scheduler import Scheduler
+from .sequence import Chunk, Sequence
+
+
+class ModelSpec(Protocol):
+    """What the engine has to know about a model: its vocabulary, and where longrope changes its tables."""
+
+    @property
+    def vocab(self) -> int: ...
+
+    @property
+    def rope_switch(self) -> int | None: ...
+
+
+class Model(Protocol):
+    """Anything that computes a batch: fp32 logits [R, vocab] of the rows asked for, keys and values into the cache."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What one step gave to one request. `token` is None only for an abort.
+
+    stop_reason: the stop token that ended it, None for the model's own end of text.
+    """
+
+    id: int
+    token: int | None
+    logprob: TokenLogprob | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Running and waiting requests, KV blocks, and totals since the start."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    steps: int
+    preemptions: int
+    computed_tokens: int  # rows that went through the model, recomputed ones included
+    prompt_tokens: int
+    output_tokens: int
+
+
+class EngineCore:
+    """Drives a model over a KV cache. All calls come from one thread.
+
+    context: longest sequence, prompt and answer together. eos: tokens that end an answer unless it ignores them.
+    max_batch, chunk: sequences and token rows of one step at most.
+    """
+
+    def __init__(
+        self, model: Model, cache: KVCache, *, context: int, eos: frozenset[int], max_batch: int, chunk: int
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.eos = eos
+        self.allocator = BlockAllocator(cache.num_blocks)
+        self.scheduler = Scheduler(self.allocator, cache.page, max_batch, chunk, model.spec.rope_switch)
+        self.context = context
+        self._live: dict[int, Sequence] = {}
+        self._outputs: list[TokenOutput] = []
+        self._next_id = 0
+        self._steps = self._computed = self._prompt_tokens = self._output_tokens = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything left to do or to tell."""
+        return bool(self._live or self._outputs)
+
+    def check(self, prompt: Tokens[int], params: SamplingParams) -> None:
+        """Raise the RequestError that `add` would raise."""
+        if not prompt:
+            raise EmptyPrompt("the prompt holds no token; give at least one, such as the model's start of text")
+        vocab = self.model.spec.vocab
+        for name, ids in (("the prompt", prompt), ("logit_bias", params.logit_bias)):
+            bad = [token for token in ids if not 0 <= token < vocab]
+            if bad:
+                raise BadParameter(f"{name} holds token id {bad[0]}; this model's are 0 to {vocab - 1}")
+        for what, room in (("context", self.context), ("KV cache", self.scheduler.capacity)):
+            if len(prompt) >= room:
+                raise PromptTooLong(
+                    f"the prompt has {len(prompt)} tokens and the {what} holds {room}, one of which the answer needs; "
+                    + ("shorten it" if what == "context" else "shorten it or give the cache more memory")
+                )
+
+    def add(self, prompt: Tokens[int], params: SamplingParams) -> int:
+        """Queue one request and return its id; `params.n` is the caller's business. Raises RequestError."""
+        self.check(prompt, params)
+        room = min(self.context, self.scheduler.capacity)
+        sequence = Sequence(
+            id=self._next_id,
+            tokens=list(prompt),
+            prompt_len=len(prompt),
+            params=params,
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos),
+            limit=min(room, len(prompt) + (params.max_tokens or room)),
+            rope_floor=len(prompt),
+            generator=None if params.seed is None else torch.Generator().manual_seed(params.seed),
+        )
+        self._next_id += 1
+        self._live[sequence.id] = sequence
+        self.scheduler.add(sequence)
+        self._prompt_tokens += len(prompt)
+        return sequence.id
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request now; the next step reports it as an abort. False when it is no longer there."""
+        sequence = self._live.get(request_id)
+        if sequence is None:
+            return False
+        self._remove(sequence)
+        self._outputs.append(TokenOutput(request_id, None, finish_reason="abort"))
+        return True
+
+    def step(self) -> list[TokenOutput]:
+        """Run the model once and report every new token; empty while prompts are still being read in.
+
+        Raises EngineError (or the ParedError that a kernel raised) when the step fails: its requests are aborted,
+        which the next step reports, and all others go on.
+        """
+        chunks = self.scheduler.schedule()
+        if chunks:
+            self._guarded(chunks)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _guarded(self, chunks: list[Chunk]) -> None:
+        try:
+            self._run(chunks)
+        except Exception as error:
+            for chunk in chunks:
+                self.cancel(chunk.sequence.id)
+            if isinstance(error, ParedError):
+                raise
+            rows = sum(chunk.stop - chunk.start for chunk in chunks)
+            raise EngineError(
+                f"step {self._steps} failed with {len(chunks)} sequences and {rows} token rows: {error!r}; "
+                f"these requests are aborted, all others go on"
+            ) from error
+
+    def _run(self, chunks: list[Chunk]) -> None:
+        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+        self._steps += 1
+        logits = self.model(build_batch(chunks, self.cache.page, self.cache.device), self.cache)
+        tokens, logprobs = sample(logits, sampled) if sampled else ([], [])
+        for chunk in chunks:
+            chunk.sequence.computed = chunk.stop
+            self._computed += chunk.stop - chunk.start
+        for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
+            self._accept(sequence, token, logprob)
+
+    def _accept(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        finish, stop = None, None
+        if sequence.may_stop and token in sequence.stop_ids:
+            finish, stop = "stop", token if token in sequence.params.stop_token_ids else None
+        sequence.tokens.append(token)
+        self._output_tokens += 1
+        if finish is None and len(sequence.tokens) >= sequence.limit:
+            finish = "length"
+        if finish:
+            self._remove(sequence)
+        self._outputs.append(TokenOutput(sequence.id, token, logprob, finish, stop))
+
+    def _remove(self, sequence: Sequence) -> None:
+        del self._live[sequence.id]
+        self.scheduler.remove(sequence)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_blocks_used=self.allocator.used,
+            kv_blocks_total=self.allocator.total,
+            steps=self._steps,
+            preemptions=self.scheduler.preemptions,
+            computed_tokens=self._computed,
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+        )

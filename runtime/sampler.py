@@ -1,0 +1,163 @@
+"""From logits to the next token of each sequence.
+
+A step whose sequences are all plainly greedy costs one argmax. Otherwise rows are grouped by what they ask for and
+each group is handled as one tensor. A seeded row draws from its own CPU generator, one number a token: what it gets
+depends on its logits and its seed alone, not on its batch mates, the device or how often it was preempted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import EngineError
+from .params import SamplingParams
+from .sequence import Sequence
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token's natural log-probability, and the likeliest alternatives as (token id, logprob), best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
+    """The next token of each sequence and, where asked for, its log-probability.
+
+    logits: fp32 [R, V], row i for sequences[i]; not modified. Raises EngineError when a row holds no finite maximum.
+    """
+    adjusted = _adjust(logits, sequences)
+    best, tokens = adjusted.max(dim=-1)
+    rows = [i for i, sequence in enumerate(sequences) if not sequence.params.greedy]
+    if rows:
+        tokens[rows] = _draw(adjusted[rows], [sequences[i] for i in rows])
+    # One transfer for both: a row without a finite best logit answers with the token -1.
+    chosen = tokens.masked_fill(~best.isfinite(), -1).tolist()
+    if -1 in chosen:
+        bad = [sequence.id for sequence, token in zip(sequences, chosen, strict=True) if token == -1]
+        raise EngineError(f"the logits of requests {bad} are NaN or infinite; try another dtype, or check the weights")
+    for sequence, token in zip(sequences, chosen, strict=True):
+        if sequence.counts is not None and sequence.seen is not None:
+            sequence.counts[token] += 1
+            sequence.seen[token] = True
+    return chosen, _logprobs(logits, sequences, chosen)
+
+
+def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """Penalties, bias and forbidden endings; the logits themselves when nobody asks for any."""
+    penalised = [i for i, sequence in enumerate(sequences) if sequence.params.penalised]
+    biased = [
+        (i, token, bias) for i, sequence in enumerate(sequences) for token, bias in sequence.params.logit_bias.items()
+    ]
+    barred = [
+        (i, token) for i, sequence in enumerate(sequences) if not sequence.may_stop for token in sequence.stop_ids
+    ]
+    if not (penalised or biased or barred):
+        return logits
+    logits = logits.clone()
+    if penalised:
+        logits[penalised] = _penalise(logits[penalised], [sequences[i] for i in penalised])
+    if biased:
+        at, ids, values = zip(*biased, strict=True)
+        logits[list(at), list(ids)] += torch.tensor(values, device=logits.device)
+    if barred:
+        at, ids = zip(*barred, strict=True)
+        logits[list(at), list(ids)] = -torch.inf
+    return logits
+
+
+def _penalise(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """Repetition over prompt and answer; presence and frequency over the answer. [r, V] -> [r, V]."""
+    for sequence in sequences:
+        if sequence.counts is None:
+            _remember(sequence, logits)
+    seen = torch.stack([sequence.seen for sequence in sequences if sequence.seen is not None])
+    counts = torch.stack([sequence.counts for sequence in sequences if sequence.counts is not None])
+    repetition = _column(sequences, "repetition_penalty", logits)
+    logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+    logits = logits - counts * _column(sequences, "frequency_penalty", logits)
+    return logits - (counts > 0) * _column(sequences, "presence_penalty", logits)
+
+
+def _remember(sequence: Sequence, like: torch.Tensor) -> None:
+    """Count a sequence's tokens once; afterwards each new one is added as it is chosen."""
+    vocab, device = like.shape[-1], like.device
+    output = torch.tensor(sequence.output, dtype=torch.int64, device=device)
+    sequence.counts = torch.bincount(output, minlength=vocab).float()
+    sequence.seen = torch.zeros(vocab, dtype=torch.bool, device=device)
+    sequence.seen[torch.tensor(sequence.tokens, device=device)] = True
+
+
+def _column(sequences: list[Sequence], name: str, like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([getattr(sequence.params, name) for sequence in sequences], device=like.device)[:, None]
+
+
+def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """One token per row [r] at the rows' temperatures, out of what top-k, top-p and min-p leave."""
+    vocab = logits.shape[-1]
+    params = [sequence.params for sequence in sequences]
+    # The best logit becomes 0 first, so that no temperature, however small, makes an infinity of it.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column(sequences, "temperature", logits)
+    ids = None
+    if any(p.top_k or p.top_p < 1 for p in params):
+        # Sorting is the dear part: where every row has a top-k, only that many candidates are sorted out.
+        width = min(vocab, max(p.top_k or vocab for p in params))
+        logits, ids = logits.topk(width)
+        logits = _keep_top(logits, params)
+    probs = logits.softmax(dim=-1, dtype=torch.float64)
+    if any(p.min_p for p in params):
+        floor = _column(sequences, "min_p", logits) * probs.amax(dim=-1, keepdim=True)
+        probs = probs.masked_fill(probs < floor, 0)
+    picked = _invert(probs, _uniforms(sequences).to(logits.device))
+    return picked if ids is None else ids.gather(1, picked[:, None])[:, 0]
+
+
+def _keep_top(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """Mask what top-k and then top-p leave out. [r, width], each row sorted downwards."""
+    width = logits.shape[-1]
+    ranks = torch.arange(width, device=logits.device)
+    top_k = torch.tensor([p.top_k or width for p in params], device=logits.device)[:, None]
+    logits = logits.masked_fill(ranks >= top_k, -torch.inf)
+    probs = logits.softmax(dim=-1, dtype=torch.float64)
+    before = probs.cumsum(dim=-1) - probs
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=logits.device)[:, None]
+    return logits.masked_fill((before >= top_p) & (ranks > 0), -torch.inf)
+
+
+def _uniforms(sequences: list[Sequence]) -> torch.Tensor:
+    """One number in [0, 1) per row, fp64 [r, 1]: from the row's own generator, or the global one."""
+    numbers = torch.rand(len(sequences), 1, dtype=torch.float64)
+    for i, sequence in enumerate(sequences):
+        if sequence.generator is not None:
+            numbers[i] = torch.rand(1, dtype=torch.float64, generator=sequence.generator)
+    return numbers
+
+
+def _invert(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The inverse of each row's cumulative distribution: [r, V], [r, 1] -> [r]."""
+    cumulative = probs.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # Strictly below the total, so that rounding can never select a token of probability 0.
+    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    # A row of NaN points beyond the end here; its caller reports it.
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+
+
+def _logprobs(logits: torch.Tensor, sequences: list[Sequence], chosen: list[int]) -> list[TokenLogprob | None]:
+    rows = [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
+    found: list[TokenLogprob | None] = [None] * len(sequences)
+    if not rows:
+        return found
+    logprobs = logits[rows].log_softmax(dim=-1)
+    own = logprobs[range(len(rows)), [chosen[i] for i in rows]].tolist()
+    width = min(logits.shape[-1], max(sequences[i].params.logprobs or 0 for i in rows))
+    values, ids = (part.tolist() for part in logprobs.topk(width))
+    for place, i in enumerate(rows):
+        count = sequences[i].params.logprobs
+        top = tuple(zip(ids[place][:count], values[place][:count], strict=True))
+        found[i] = TokenLogprob(chosen[i], own[place], top)
+    return found

@@ -1,0 +1,197 @@
+"""What `pared doctor` and `pared inspect` know, as plain rows: the command line only prints them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+import platform
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .compact import Folder, TensorEntry
+
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+# --- doctor ------------------------------------------------------------------------------------
+
+
+def environment() -> list[tuple[str, str]]:
+    """(what, what is there) for everything that decides which kernels run."""
+    return [
+        ("pared", f"{__version__} in {Path(__file__).resolve().parent}"),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *((name, _version(name)) for name in ("torch", "triton", "transformers", "numpy")),
+        ("hf kernels", hf_kernels()),
+        *_cpu(),
+        ("gpu", _gpu()),
+    ]
+
+
+def kernel_paths() -> list[tuple[str, str, str, str]]:
+    """(op, dtype, path, why) for every device and dtype that this machine can run."""
+    import torch
+
+    from .kernels.dispatch import describe
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return [
+        (f"{op} on {device}" if len(devices) > 1 else op, str(dtype).removeprefix("torch."), path, why)
+        for device in devices
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for op, path, why in describe(device, dtype)
+    ]
+
+
+def hf_kernels() -> str:
+    """Whether Hugging Face's `kernels` package is here, and whether transformers can live with it."""
+    spec = importlib.util.find_spec("kernels")
+    if spec is None or spec.origin is None:
+        return "absent: nothing to clash with"
+    if Path(spec.origin).resolve().parent == Path(__file__).resolve().parent / "kernels":
+        return f"CLASH: {spec.origin} is importable as `kernels`; remove its __init__.py"
+    needs = importlib.metadata.requires("transformers") or []
+    wanted = {need.partition(";")[0] for need in needs if re.match(r"kernels\b", need)}
+    return f"{_version('kernels')} in {Path(spec.origin).parent}; transformers wants {', '.join(wanted) or 'any'}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _cpu() -> list[tuple[str, str]]:
+    import torch
+
+    from .kernels.dispatch import cpus
+    from .kernels.native import library
+
+    native = library.load()
+    features = f"torch sees {torch.backends.cpu.get_cpu_capability()}"
+    if native is not None:
+        features += f"; native kernels run {', '.join(native.levels())}"
+    return [
+        ("cpu", f"{_cpu_name()}, {cpus()} usable, torch uses {torch.get_num_threads()} threads"),
+        ("cpu features", features),
+        ("native library", str(native.path) if native is not None else library.why_not()),
+    ]
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return f"none usable (torch is built for {built})" if built else "none: torch is built for CPU alone"
+    names = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return ", ".join(f"{p.name}, {p.total_memory / 2**30:.0f} GiB" for p in names)
+
+
+# --- inspect -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Kind:
+    """All units of one kind (`self_attn.q_proj`, ...): bytes as stored, and as dense weights of the same dtype."""
+
+    kind: str
+    format: str
+    count: int = 0
+    shapes: dict[str, int] = field(default_factory=dict)
+    compact_bytes: int = 0
+    dense_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What a compact folder holds. disk_bytes: all its files, tokenizer included."""
+
+    path: str
+    family: str
+    stock: bool
+    kinds: list[Kind]
+    disk_bytes: int
+    provenance: dict[str, Any]
+
+    @property
+    def total(self) -> Kind:
+        """The sum over all kinds."""
+        compact, dense = (sum(getattr(kind, name) for kind in self.kinds) for name in ("compact_bytes", "dense_bytes"))
+        return Kind("total", "", sum(kind.count for kind in self.kinds), {}, compact, dense)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"total": asdict(self.total)}
+
+
+def folder_report(folder: Folder) -> FolderReport:
+    """Sizes and shapes of everything in an open compact folder, read from its manifest alone."""
+    manifest, seen = folder.manifest, set(folder.manifest.plain)
+    kinds: dict[tuple[str, str], Kind] = {}
+
+    def add(kind: str, format: str, shape: list[int], compact: int, dense: int) -> None:
+        row = kinds.setdefault((kind, format), Kind(kind, format))
+        row.count += 1
+        row.shapes[_times(shape)] = row.shapes.get(_times(shape), 0) + 1
+        row.compact_bytes += compact
+        row.dense_bytes += dense
+
+    for unit in manifest.units:
+        fresh = [name for name in unit.tensors.values() if name not in seen]
+        seen.update(fresh)
+        compact = sum(_bytes(manifest.tensors[name]) for name in fresh)
+        item = max((ITEM_BYTES[manifest.tensors[name].dtype] for name in unit.tensors.values()), default=0)
+        for i, (path, shape) in enumerate(unit.modules.items()):
+            dense = math.prod(shape) * item + _bias_bytes(folder, unit.tensors, path) if fresh else 0
+            kind = f"{_kind(path)} (tied)" if not fresh else _kind(path)
+            add(kind, unit.format, list(shape), compact if i == 0 else 0, dense)
+    for name in manifest.plain:
+        size = _bytes(manifest.tensors[name])
+        add(_kind(name.rpartition(".")[0]), "", list(manifest.tensors[name].shape), size, size)
+    disk = sum(file.stat().st_size for file in folder.path.iterdir() if file.is_file())
+    family = str(folder.config.get("model_type"))
+    return FolderReport(str(folder.path), family, manifest.stock, list(kinds.values()), disk, manifest.provenance)
+
+
+def _kind(path: str) -> str:
+    """The module path without what differs from block to block: model.layers.3.mlp.up_proj -> mlp.up_proj."""
+    return re.sub(r"^.*\.\d+\.", "", path).removeprefix("model.")
+
+
+def _times(shape: list[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _bytes(entry: TensorEntry) -> int:
+    return math.prod(entry.shape) * ITEM_BYTES[entry.dtype]
+
+
+def _bias_bytes(folder: Folder, tensors: dict[str, str], path: str) -> int:
+    names = [name for role, name in tensors.items() if role == "bias" or role == f"bias.{path}"]
+    return sum(_bytes(folder.manifest.tensors[name]) for name in names)
+
+
+# --- both --------------------------------------------------------------------------------------
+
+
+def readable(count: int) -> str:
+    """Bytes for people: 269.1 MB."""
+    value, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while value >= 1000 and (larger := next(units, None)):
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

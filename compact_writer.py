@@ -6,14 +6,11 @@ finished shards, and the next one with the same resume key goes on after them.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,23 +19,11 @@ from typing import IO, Any
 import torch
 
 from . import __version__
-from .compact import CONFIG, INDEX, SINGLE, STOCK_FORMAT, FileEntry, Manifest, TensorEntry, UnitEntry, file_sha256
-from .errors import DiskFull, FolderBusy, FolderError, FolderExists
+from .compact import CONFIG, INDEX, SINGLE, STOCK_FORMAT, FileEntry, Manifest, TensorEntry, UnitEntry
+from .durable import disk_errors, entry, replace_file, sync, sync_folder, write_safetensors
+from .errors import FolderBusy, FolderExists
 
 _JOURNAL = ".pared.journal"
-_ALIGN = 64  # bytes; tensors begin at a cache line of the mapping
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass
@@ -74,7 +59,7 @@ class FolderWriter:
         self._replaced = self.target.with_name(self.target.name + ".replaced")
         self._overwrite = overwrite
         self._max_shard_bytes = max_shard_bytes
-        with _disk(self.partial):
+        with disk_errors(self.partial):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._journal = self._lock()
         try:
@@ -118,9 +103,9 @@ class FolderWriter:
     def _flush(self) -> None:
         """Write the open shard, make it durable, then say so in the journal."""
         path = self.partial / _working_name(len(self._shards))
-        self._open.tensors = {n: TensorEntry(_DTYPES[t.dtype], tuple(t.shape)) for n, t in self._pending.items()}
-        with _disk(path):
-            self._open.written = _write_safetensors(path, self._pending)
+        self._open.tensors = {name: entry(tensor) for name, tensor in self._pending.items()}
+        with disk_errors(path):
+            self._open.written = write_safetensors(path, self._pending)
         self._shards.append(self._open)
         self._note(asdict(self._open))
         self._open, self._pending = _Shard(), {}
@@ -128,9 +113,16 @@ class FolderWriter:
     # --- finishing -------------------------------------------------------------------------------
 
     def finish(
-        self, config: dict[str, Any], provenance: dict[str, Any], extra_files: Mapping[str, bytes | Path]
+        self,
+        config: dict[str, Any],
+        provenance: dict[str, Any],
+        extra_files: Mapping[str, bytes | Path],
+        manifest: bool = True,
     ) -> Path:
-        """Give the shards their stock names and write everything else; the partial folder then loads. Returns it."""
+        """Give the shards their stock names and write everything else; the partial folder then loads. Returns it.
+
+        Without `manifest` it becomes an ordinary checkpoint, with nothing of ours in its config.
+        """
         if self._pending or self._open.units:
             self._flush()
         names = _stock_names(len(self._shards))
@@ -142,6 +134,7 @@ class FolderWriter:
         if len(names) > 1:
             others[INDEX] = self._index(names)
         files |= {name: self._write_file(name, content) for name, content in sorted(others.items())}
+        self._config = config
         self._manifest = Manifest(
             units=tuple(unit for shard in self._shards for unit in shard.units),
             plain=tuple(name for shard in self._shards for name in shard.plain),
@@ -150,8 +143,7 @@ class FolderWriter:
             provenance=provenance,
             pared_version=__version__,
         )
-        self._config = config
-        self.record({})
+        self._write_config(self._manifest.into(config) if manifest else config)
         return self.partial
 
     def record(self, measured: Mapping[str, Any]) -> None:
@@ -159,15 +151,14 @@ class FolderWriter:
         if self._manifest is None:
             raise ValueError("finish the folder before recording what it measures")
         self._manifest.provenance.update(measured)
-        text = json.dumps(self._manifest.into(self._config), indent=2, ensure_ascii=False, allow_nan=False)
-        self._write_file(CONFIG, text.encode())
+        self._write_config(self._manifest.into(self._config))
 
     def publish(self) -> Path:
         """Rename the partial folder to the target; an existing one is deleted only after that. Returns the target."""
         if self._manifest is None:
             raise ValueError("finish the folder before publishing it")
         _check_target(self.target, self._overwrite)
-        _sync_folder(self.partial)
+        sync_folder(self.partial)
         if self.target.exists():
             os.rename(self.target, self._replaced)
         try:
@@ -177,7 +168,7 @@ class FolderWriter:
             raise FolderExists(
                 f"{self.target} cannot be put in place ({wrong.strerror}); {self.partial} is whole"
             ) from None
-        _sync_folder(self.target.parent)
+        sync_folder(self.target.parent)
         (self.target / _JOURNAL).unlink()
         self.close()
         shutil.rmtree(self._replaced, ignore_errors=True)
@@ -193,6 +184,9 @@ class FolderWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    def _write_config(self, config: dict[str, Any]) -> None:
+        self._write_file(CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+
     def _index(self, names: list[str]) -> bytes:
         where = {tensor: name for name, shard in zip(names, self._shards, strict=True) for tensor in shard.tensors}
         total = sum(shard.written.bytes for shard in self._shards if shard.written)
@@ -200,14 +194,8 @@ class FolderWriter:
         return json.dumps(index, indent=2).encode()
 
     def _write_file(self, name: str, content: bytes | Path) -> FileEntry:
-        """Write a small file durably and whole: under another name, then renamed."""
-        path, draft = self.partial / name, self.partial / f"{name}.draft"
-        with _disk(path):
-            with draft.open("wb") as file:
-                file.write(content if isinstance(content, bytes) else content.read_bytes())
-                _sync(file)
-            os.replace(draft, path)
-        return FileEntry(path.stat().st_size, file_sha256(path))
+        with disk_errors(self.partial / name):
+            return replace_file(self.partial / name, content if isinstance(content, bytes) else content.read_bytes())
 
     # --- lock and journal ------------------------------------------------------------------------
 
@@ -256,9 +244,9 @@ class FolderWriter:
         return False
 
     def _note(self, line: dict[str, Any]) -> None:
-        with _disk(self.partial / _JOURNAL):
+        with disk_errors(self.partial / _JOURNAL):
             self._journal.write(json.dumps(line) + "\n")
-            _sync(self._journal)
+            sync(self._journal)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -297,59 +285,3 @@ def _whole_lines(journal: IO[str]) -> list[dict[str, Any]]:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError:
         return []
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
-    """Write tensors as one safetensors file, hashing on the way: nothing is held twice or read back."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # keeps each aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in ordered:
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGN)
-    digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            digest.update(part)
-            file.write(part)
-        for _, tensor in ordered:
-            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            digest.update(data)
-            _write_all(file, data)
-        _sync(file)
-    return FileEntry(8 + len(text) + end, digest.hexdigest())
-
-
-def _write_all(file: IO[bytes], data: memoryview) -> None:
-    """One write call takes at most 2 GiB and may take less."""
-    while data:
-        data = data[file.write(data) :]
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Turn what the disk says into our errors; a file torn by a full disk is removed, finished ones stay."""
-    try:
-        yield
-    except OSError as wrong:
-        if wrong.errno in (errno.ENOSPC, errno.EDQUOT):
-            with contextlib.suppress(OSError):
-                if path.name != _JOURNAL and path.is_file():
-                    path.unlink()
-            raise DiskFull(f"no space left for {path}; free some and run the same command: it resumes") from None
-        raise FolderError(f"{path} cannot be written ({wrong.strerror})") from wrong

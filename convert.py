@@ -1,0 +1,150 @@
+"""From a checkpoint to a compact folder, and back: read, pack, load, measure, and only then publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import __version__, families
+from .compact import CONFIG, Folder, UnitEntry, open_folder
+from .compact_writer import FolderWriter
+from .converters.pack import pack
+from .converters.sources.detect import open_source
+from .converters.sources.source import Source
+from .errors import BadParameter, FolderExists
+from .evaluate import Report, measure
+from .kernels import dense, formats
+from .kernels.unit import Packed
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+SHARD_BYTES = 5_000_000_000
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    methods: Sequence[str] = (),
+    format: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    calibration: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """Convert a Hugging Face folder or a GGUF file into the compact folder `dst`, and measure it.
+
+    Without a method nothing is lost: every weight keeps its bits, unless `dtype` (bf16, fp16, fp32) casts it.
+    format: storage of every linear module; default is the smallest that fits. calibration: a text file whose
+    perplexity the report gives. `dst` appears only when it is whole and has been loaded; an interrupted
+    conversion resumes. Raises SourceError and FolderError with what to do next.
+    """
+    if methods:
+        raise BadParameter(f"no method is called {methods[0]!r}; this version converts without compressing")
+    if format is not None and format not in (known := [module.NAME for module in formats.FORMATS]):
+        raise BadParameter(f"no format is called {format!r}; known are {', '.join(known)}")
+    cast = _dtype(dtype)
+    text = None if calibration is None else _text(Path(calibration))
+    source = open_source(src)
+    _refuse_same(Path(src), Path(dst))
+    key = _key(source.fingerprint, str(cast), format, max_shard_bytes)
+    with FolderWriter(dst, resume_key=key, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
+        pack(source, writer, cast, format, progress)
+        partial = writer.finish(_config(source, cast), _provenance(source, cast), source.files)
+        row = replace(measure(partial, text, progress=progress), name=Path(dst).name)
+        writer.record({"measured": asdict(row)})
+        writer.publish()
+    return Report((row,))
+
+
+def export(path: str | Path, out: str | Path, *, progress: bool = True, max_shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a compact folder's model as an ordinary dense Hugging Face folder, for other engines. Returns `out`.
+
+    What was packed without loss comes back bit for bit.
+    """
+    with open_folder(path) as folder:
+        digest = _key(*(file.sha256 for file in folder.manifest.files.values()), max_shard_bytes)
+        with FolderWriter(out, resume_key=digest, max_shard_bytes=max_shard_bytes) as writer:
+            _export_tensors(folder, writer, progress)
+            files = {name: folder.path / name for name in folder.manifest.files if not _holds_weights(name)}
+            writer.finish(folder.config, {}, files, manifest=False)
+            return writer.publish()
+
+
+def _export_tensors(folder: Folder, writer: FolderWriter, progress: bool) -> None:
+    linears = families.read(folder.config).linears()
+    own = [unit for unit in folder.manifest.units if linears.keys() >= unit.modules.keys()]  # a tied head is no tensor
+    for name in folder.manifest.plain:
+        if not writer.holds(name):
+            writer.add_plain(name, folder.tensor(name))
+    for unit in tqdm(own, "exporting", unit="unit", disable=not progress):
+        path = next(iter(unit.modules))
+        if not writer.holds(path):
+            weights = _decode(folder, unit)
+            if linears[path].transposed:
+                weights["weight"] = weights["weight"].t()
+            entry = UnitEntry(dense.NAME, dense.VERSION, unit.modules, {role: f"{path}.{role}" for role in weights})
+            writer.add_unit(entry, {f"{path}.{role}": tensor for role, tensor in weights.items()})
+
+
+def _decode(folder: Folder, unit: UnitEntry) -> dict[str, torch.Tensor]:
+    tensors = {role: folder.tensor(name) for role, name in unit.tensors.items()}
+    packed = Packed(unit.format, unit.version, unit.modules, tensors, unit.params)
+    return dict(formats.by_name(unit.format).decode(packed).tensors)
+
+
+def _holds_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json")) or name == CONFIG
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
+        raise BadParameter(f"dtype must be bf16, fp16 or fp32, got {dtype!r}")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as wrong:
+        raise BadParameter(f"the text {path} cannot be read ({wrong})") from None
+
+
+def _refuse_same(src: Path, dst: Path) -> None:
+    if dst.resolve() == src.resolve():
+        raise FolderExists(f"{src} is both source and target; choose another target")
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
+
+
+def _config(source: Source, cast: torch.dtype | None) -> dict[str, Any]:
+    """The source's config, with the dtype that its weights now have."""
+    if cast is None:
+        return source.config
+    keys = [key for key in ("dtype", "torch_dtype") if key in source.config] or ["dtype"]
+    return source.config | dict.fromkeys(keys, str(cast).removeprefix("torch."))
+
+
+def _provenance(source: Source, cast: torch.dtype | None) -> dict[str, Any]:
+    return {
+        "source": {"name": source.path.resolve().name, "kind": source.kind, "fingerprint": source.fingerprint},
+        "cast": None if cast is None else str(cast).removeprefix("torch."),
+        "methods": [],
+    }

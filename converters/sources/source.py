@@ -1,0 +1,29 @@
+"""What every published layout is read into: a config, small files, and a stream of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Skip = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to convert.
+
+    config: the Hugging Face config.json. files: name -> content, or path, of what goes along (tokenizer,
+    generation_config.json, licence). tensors(skip): (Hugging Face name, tensor) in a fixed order, at most
+    one shard in memory; what `skip(name)` refuses is not read. fingerprint: changes when the source does.
+    """
+
+    path: Path
+    kind: str
+    config: dict[str, Any]
+    files: dict[str, bytes | Path]
+    tensors: Callable[[Skip], Iterator[tuple[str, torch.Tensor]]]
+    fingerprint: str

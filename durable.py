@@ -1,0 +1,105 @@
+"""Files that are whole or not there: safetensors and small files, forced to the disk before anyone counts on them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .compact import FileEntry, TensorEntry
+from .errors import DiskFull, FolderError
+
+_ALIGN = 64  # bytes; tensors begin at a cache line of the mapping
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def entry(tensor: torch.Tensor) -> TensorEntry:
+    """How the manifest describes a tensor."""
+    return TensorEntry(DTYPES[tensor.dtype], tuple(tensor.shape))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
+    """Write tensors as one safetensors file, hashing on the way: nothing is held twice or read back."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # keeps each aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGN)
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        parts = chain([memoryview(len(text).to_bytes(8, "little") + text)], (_bytes(tensor) for _, tensor in ordered))
+        for part in parts:
+            digest.update(part)
+            _write_all(file, part)
+        sync(file)
+    return FileEntry(8 + len(text) + end, digest.hexdigest())
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements as they lie in memory, row-major; a copy only if the tensor is strided or not on the CPU."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_all(file: IO[bytes], data: memoryview) -> None:
+    """One write call takes at most 2 GiB and may take less."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> FileEntry:
+    """Write a small file under another name, then rename it."""
+    draft = path.with_name(f"{path.name}.draft")
+    with draft.open("wb") as file:
+        file.write(content)
+        sync(file)
+    os.replace(draft, path)
+    return FileEntry(len(content), hashlib.sha256(content).hexdigest())
+
+
+def sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk says into our errors; a file torn by a full disk is removed, finished ones stay."""
+    try:
+        yield
+    except OSError as wrong:
+        if wrong.errno in (errno.ENOSPC, errno.EDQUOT):
+            with contextlib.suppress(OSError):
+                if path.is_file():
+                    path.unlink()
+            raise DiskFull(f"no space left for {path}; free some and run the same command: it resumes") from None
+        raise FolderError(f"{path} cannot be written ({wrong.strerror})") from wrong

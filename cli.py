@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +54,6 @@ DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and activati
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")]
 StrictOption = Annotated[bool, typer.Option("--strict", help="An error where a slower path would replace a kernel.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing target once the new is whole.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens to generate at most.", show_default="256")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: what the folder recommends.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
@@ -94,29 +94,27 @@ def doctor(as_json: JsonOption = False) -> None:
 
 @app.command()
 def convert(
-    src: Annotated[str, typer.Argument(help="A Hugging Face folder or a GGUF file.", show_default=False)],
+    src: Annotated[Path, typer.Argument(help="A Hugging Face folder or a GGUF file.", show_default=False)],
     dst: Annotated[Path, typer.Argument(help="The compact folder to make.", show_default=False)],
+    format: Annotated[str | None, typer.Option(help="Storage of every linear layer; default: the smallest.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the stored weights; default: the source's.")] = None,
-    overwrite: OverwriteOption = False,
+    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="A text to measure perplexity on.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST once the new folder is whole.")] = False,
 ) -> None:
-    """Convert a checkpoint to a compact folder, dense and without loss."""
+    """Convert a checkpoint to a compact folder, dense and without loss, and measure it."""
     from . import convert as run
 
-    report = run(src, dst, dtype=dtype and dtype.value, overwrite=overwrite)
-    print(report)
+    print(run(src, dst, format=format, dtype=dtype and dtype.value, calibration=calibration, overwrite=overwrite))
 
 
 @app.command()
 def export(
-    path: Folder,
-    out: Annotated[Path, typer.Argument(help="The Hugging Face folder to make.", show_default=False)],
-    overwrite: OverwriteOption = False,
+    path: Folder, out: Annotated[Path, typer.Argument(help="The Hugging Face folder to make.", show_default=False)]
 ) -> None:
     """Write a compact folder as a dense Hugging Face folder again."""
     from .convert import export as run
 
-    run(path, out, overwrite=overwrite)
-    print(f"{out} is an ordinary Hugging Face folder")
+    print(f"{run(path, out)} is an ordinary Hugging Face folder")
 
 
 @app.command()
@@ -221,15 +219,17 @@ def evaluate(
     """Measure a model's quality on a text."""
     if not perplexity or text is None:
         raise BadParameter("eval measures perplexity: give --perplexity --text FILE")
-    from .evaluate import measure
+    import torch
 
-    found = measure(
-        path, _read(text), window=window, protocol=protocol.value, dtype=dtype and dtype.value, device=device
-    )
+    from .evaluate import Report, measure
+
+    kind = dtype and getattr(torch, dtype.value)
+    options: dict[str, Any] = {"window": window, "protocol": protocol.value, "dtype": kind, "device": device}
+    row = measure(path, _read(text), progress=sys.stderr.isatty(), **options)
     if as_json:
-        print_json(found)
+        print_json(asdict(row))
     else:
-        print_table(f"{path} on {text}", ("what", "value"), [(key, f"{value}") for key, value in found.items()])
+        print(Report((row,)))
 
 
 @app.command()

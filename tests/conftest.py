@@ -48,7 +48,7 @@ def smollm2(smollm2_gguf: Path) -> Path:
     """SmolLM2-135M-Instruct as a dense compact folder in the source's dtype, which plain transformers opens too."""
     from filelock import FileLock
 
-    from pared.convert import convert
+    from pared import convert
 
     home = ROOT / ".data"
     home.mkdir(exist_ok=True)
@@ -88,3 +88,40 @@ def real_prompts() -> list[str]:
     if not TEXTS_WHEEL.exists():
         pytest.skip("the texts are not in .data/; `make test` fetches them")
     return boolq_questions()[:20]
+
+
+CHAT_TEMPLATE = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with a byte-level tokenizer and a chat template, as transformers saves it, fp32."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    home = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=CHAT_TEMPLATE)
+    fast.save_pretrained(home)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(fast), "tie_word_embeddings": False}
+    ends = {"eos_token_id": fast.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ends)).save_pretrained(home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_checkpoint` as a compact folder."""
+    from pared import convert
+
+    target = tmp_path_factory.mktemp("tiny-compact") / "smollm2"
+    convert(tiny_checkpoint, target, progress=False)
+    return target

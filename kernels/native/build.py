@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("g++", "c++")
 DIGEST_BYTES = 32
 
@@ -69,7 +69,7 @@ def compile_library(out_dir: Path | str) -> Path:
 
 
 def intact(path: Path) -> bool:
-    """True when `path` is a whole library, as `compile_library` sealed it: loading half a file could kill the process."""
+    """True when `path` is whole, as `compile_library` sealed it; loading half a library could kill the process."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -78,10 +78,22 @@ def intact(path: Path) -> bool:
 
 
 def _compile(target: Path) -> None:
-    command = [*compiler(), *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BuildFailed(f"{command[0]} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+    """Compile every source at the same time, then link."""
+    command = compiler()
+    with tempfile.TemporaryDirectory(prefix="pared-build-") as folder:
+        objects = {source: Path(folder) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
+        _run_all([[*command, *FLAGS, "-c", str(source), "-o", str(made)] for source, made in objects.items()])
+        _run_all([[*command, *FLAGS, "-shared", *map(str, objects.values()), "-o", str(target)]])
+
+
+def _run_all(commands: list[list[str]]) -> None:
+    running = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
+    said = [process.communicate()[1] for process in running]
+    for process, errors in zip(running, said, strict=True):
+        if process.returncode:
+            raise BuildFailed(f"{commands[0][0]} ended with {process.returncode}: {errors.strip()[-2000:]}")
 
 
 def _seal(path: Path) -> None:

@@ -7,6 +7,7 @@ and rotary tables are fp32, and results are written into tensors that the caller
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import os
@@ -18,7 +19,7 @@ import torch
 from . import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 KINDS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 _INT, _I64, _F32, _PTR = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -31,7 +32,7 @@ _SIGNATURES = {
     "pared_add_rms_norm": (*_RUN, *[_PTR] * 5, *[_I64] * 2, _F32),
     "pared_layer_norm": (*_RUN, *[_PTR] * 4, *[_I64] * 2, _F32),
     "pared_gated_act": (*_RUN, _INT, *[_PTR] * 2, *[_I64] * 2),
-    "pared_act": (*_RUN, _INT, *[_PTR] * 2, _I64),
+    "pared_act": (*_RUN, _INT, *[_PTR] * 2, *[_I64] * 2),
     "pared_rotary_cache": (*_RUN, *[_PTR] * 7, *[_I64] * 5),
     "pared_paged_attention": (*_RUN, *[_PTR] * 7, *[_I64] * 7, _F32),
 }
@@ -43,18 +44,14 @@ _LINEAR_ROWS = {torch.float32: 4, torch.bfloat16: 4, torch.float16: 4}
 class Library:
     """The native kernels of one shared library, at one instruction-set level."""
 
-    def __init__(self, path: Path, level: str | None = None) -> None:
-        """path: the shared library. level: one of `levels()`, the best when None."""
-        self.path = path
+    def __init__(self, path: Path) -> None:
+        """path: the shared library; the level is the best of this CPU."""
         calls = ctypes.CDLL(str(path))
         for name, arguments in _SIGNATURES.items():
             function = getattr(calls, name)
             function.argtypes, function.restype = list(arguments), _INT if not arguments else None
-        self._calls = calls
-        self._best = calls.pared_best_level()
-        self._level = self._best if level is None else LEVELS.index(level)
-        if self._level > self._best:
-            raise ValueError(f"this CPU runs up to {LEVELS[self._best]}, not {level}")
+        self._calls, self.path = calls, path
+        self._level = self._best = calls.pared_best_level()
 
     @property
     def level(self) -> str:
@@ -67,7 +64,11 @@ class Library:
 
     def at(self, level: str) -> Library:
         """The same kernels held to `level`."""
-        return Library(self.path, level)
+        held = copy.copy(self)
+        held._level = LEVELS.index(level)
+        if held._level > self._best:
+            raise ValueError(f"this CPU runs up to {LEVELS[self._best]}, not {level}")
+        return held
 
     def linear_rows(self, dtype: torch.dtype) -> int:
         """The largest M for which `linear` is the path of choice; F.linear is above it."""
@@ -134,7 +135,10 @@ class Library:
 
     def act(self, x: torch.Tensor, kind: str, out: torch.Tensor) -> None:
         """out = act(x), any shape."""
-        self._calls.pared_act(*self._run(x), KINDS[kind], x.data_ptr(), out.data_ptr(), x.numel())
+        width = x.shape[-1]
+        self._calls.pared_act(
+            *self._run(x), KINDS[kind], x.data_ptr(), out.data_ptr(), x.numel() // max(1, width), width
+        )
 
     def rotary_cache(
         self,
@@ -203,7 +207,7 @@ def _outcome() -> tuple[Library | None, str]:
         if found:
             return found, ""
     try:
-        return Library(_build()), ""
+        return _build(), ""
     except (build.BuildFailed, OSError) as error:
         return None, f"no native CPU kernels: {error}"
 
@@ -211,7 +215,7 @@ def _outcome() -> tuple[Library | None, str]:
 def cache_folder() -> Path:
     """Where a library that was built at first use is kept: $PARED_CACHE, else ~/.cache/pared."""
     chosen = os.environ.get("PARED_CACHE")
-    return Path(chosen) if chosen else Path("~/.cache/pared").expanduser()
+    return Path(chosen or os.path.expanduser("~/.cache/pared"))
 
 
 def _open(path: Path) -> Library | None:
@@ -224,9 +228,10 @@ def _open(path: Path) -> Library | None:
         return None
 
 
-def _build() -> Path:
+def _build() -> Library:
     """Build into the cache folder, or for this process alone where that cannot be written."""
     try:
-        return build.compile_library(cache_folder())
+        return Library(build.compile_library(cache_folder()))
     except OSError:
-        return build.compile_library(tempfile.mkdtemp(prefix="pared-"))
+        with tempfile.TemporaryDirectory(prefix="pared-") as folder:
+            return Library(build.compile_library(folder))  # stays loaded when its file is gone

@@ -1,0 +1,21 @@
+// y = x W^T + bias: the arguments that every level takes, and how rows of W are shared out to threads.
+#pragma once
+#include "common.h"
+
+struct Linear {
+    int threads;
+    const void *x, *w, *bias;
+    void* y;
+    bool bias_is_fp32;
+    i64 m, n, k;  // x [m, k], w [n, k], y [m, n]
+};
+
+constexpr i64 ROWS = 16;                     // a chunk of W is a multiple of this many rows
+constexpr i64 CHUNK_BYTES = 256 << 10;       // of W; small enough that a thread that lost its CPU holds up little
+constexpr i64 BYTES_PER_THREAD = 128 << 10;  // less is read by one thread sooner than a second one wakes
+
+static inline i64 rows_per_chunk(i64 row_bytes, i64 rows, i64 threads) {
+    const i64 fair = ceil_div(rows, 2 * threads);
+    return most(1, least(fair, CHUNK_BYTES / row_bytes) / ROWS) * ROWS;
+}
+static inline int useful_threads(i64 bytes, int threads) { return int(most(1, least(threads, bytes / BYTES_PER_THREAD))); }

@@ -1,0 +1,75 @@
+// Rows of W against rows of x, in fp32. Each sum is one register of lanes that walks along K, so that a result depends
+// neither on the other rows of x nor on the threads. Included inside a namespace by every_level.h.
+
+// How one step along K is taken; a level with a dot product of its own specialises it.
+template <class T>
+struct Dot {
+    static constexpr int STEP = W;
+    using Operand = V;
+    static inline Operand take(const T* p) { return load(p); }
+    static inline Operand take(const T* p, i64 n) { return load(p, n); }
+    static inline V add(V acc, Operand x, Operand w) { return fma(x, w, acc); }
+};
+#if defined(PARED_DOT_BF16)
+#include "dot_bf16.h"
+#endif
+
+constexpr i64 PREFETCH_BYTES = 1024;  // ahead in every row: hardware prefetch alone stops at each page
+
+// y[m, r] for MB rows of x and R rows of W.
+template <class T, int MB, int R>
+static inline void block(const Linear& a, const T* x, const T* w, i64 m0, i64 n0) {
+    using D = Dot<T>;
+    V acc[MB][R];
+    for (auto& row : acc)
+        for (auto& one : row) one = splat(0.0f);
+    i64 k = 0;
+    for (; k + D::STEP <= a.k; k += D::STEP) {
+        typename D::Operand rows[R];
+        for (int r = 0; r < R; r++) {
+            const T* p = w + r * a.k + k;
+            __builtin_prefetch(reinterpret_cast<const char*>(p) + PREFETCH_BYTES);
+            rows[r] = D::take(p);
+        }
+        for (int m = 0; m < MB; m++) {
+            const auto one = D::take(x + m * a.k + k);
+            for (int r = 0; r < R; r++) acc[m][r] = D::add(acc[m][r], one, rows[r]);
+        }
+    }
+    if (k < a.k)
+        for (int m = 0; m < MB; m++)
+            for (int r = 0; r < R; r++)
+                acc[m][r] = D::add(acc[m][r], D::take(x + m * a.k + k, a.k - k), D::take(w + r * a.k + k, a.k - k));
+    for (int m = 0; m < MB; m++)
+        for (int r = 0; r < R; r++)
+            cast(sum(acc[m][r]) + bias_at<T>(a.bias, a.bias_is_fp32, n0 + r), static_cast<T*>(a.y) + (m0 + m) * a.n + n0 + r);
+}
+
+// R rows of W against all rows of x, MB at a time and then one by one.
+template <class T, int MB, int R>
+static inline i64 sweep(const Linear& a, i64 m, i64 n) {
+    const T* w = static_cast<const T*>(a.w) + n * a.k;
+    for (; m + MB <= a.m; m += MB) block<T, MB, R>(a, static_cast<const T*>(a.x) + m * a.k, w, m, n);
+    return m;
+}
+
+template <class T>
+static void rows_of(const Linear& a, i64 begin, i64 end) {
+    constexpr int WIDE = W == 1 ? 4 : 8;
+    constexpr int FEW = ACCUMULATORS / 4;
+    i64 n = begin;
+    if (a.m == 1)
+        for (; n + WIDE <= end; n += WIDE) sweep<T, 1, WIDE>(a, 0, n);
+    else
+        for (; n + FEW <= end; n += FEW) sweep<T, 1, FEW>(a, sweep<T, 2, FEW>(a, sweep<T, 4, FEW>(a, 0, n), n), n);
+    for (; n < end; n++) sweep<T, 1, 1>(a, 0, n);
+}
+
+template <class T>
+static void linear(const Linear& a) {
+    const i64 row_bytes = a.k * i64(sizeof(T));
+    const int threads = useful_threads(a.n * row_bytes, a.threads);
+    const i64 chunk = rows_per_chunk(row_bytes, a.n, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (i64 n = 0; n < a.n; n += chunk) rows_of<T>(a, n, least(a.n, n + chunk));
+}

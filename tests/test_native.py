@@ -1,0 +1,254 @@
+"""The native CPU library: every level that this CPU has against fp32 truth, and how the library is found or built."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pared.kernels.native import build, library
+
+NATIVE = library.load()
+pytestmark = pytest.mark.skipif(NATIVE is None, reason=f"nothing to test here: {library.why_not()}")
+
+LEVELS = NATIVE.levels() if NATIVE else ()
+DTYPES = tuple(library.DTYPES)
+level = pytest.mark.parametrize("level", LEVELS)
+dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that nobody has written: all NaN."""
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def as_good_as(ours: torch.Tensor, torchs: torch.Tensor, truth: torch.Tensor) -> None:
+    """Our error against fp64 truth is not above torch's own error in the same dtype, plus a rounding of fp32."""
+    assert ours.dtype == torchs.dtype and not ours.isnan().any()
+    tiny = 1e-6 * truth.abs().max().item()
+    for measure in (lambda e: e.abs().max().item(), lambda e: e.square().mean().sqrt().item()):
+        assert measure(ours.double() - truth) <= measure(torchs.double() - truth) * 1.02 + tiny
+
+
+SHAPES = [
+    (1, 1, 1),
+    (1, 33, 70),
+    (1, 576, 1536),
+    (2, 17, 31),
+    (3, 64, 64),
+    (5, 35, 129),
+    (16, 48, 100),
+    (17, 50, 257),
+    (33, 16, 64),
+    (70, 130, 515),
+]
+
+
+@level
+@dtype
+@pytest.mark.parametrize("m, n, k", SHAPES)
+def test_linear_is_as_exact_as_torch(level: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    x, w, bias = random(m, k, dtype=dtype), random(n, k, dtype=dtype, seed=1), random(n, dtype=dtype, seed=2)
+    out = poisoned(m, n, dtype=dtype)
+    NATIVE.at(level).linear(x, w, bias, out)
+    as_good_as(out, F.linear(x, w, bias), x.double() @ w.double().T + bias.double())
+    NATIVE.at(level).linear(x, w, None, out)
+    as_good_as(out, F.linear(x, w), x.double() @ w.double().T)
+    NATIVE.at(level).linear(x, w, bias.float(), out)
+    as_good_as(out, F.linear(x, w, bias), x.double() @ w.double().T + bias.double())
+
+
+@level
+@dtype
+def test_a_row_is_the_same_in_any_company_and_with_any_threads(level: str, dtype: torch.dtype) -> None:
+    native, n, k = NATIVE.at(level), 300, 1100
+    x, w = random(70, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
+    alone = poisoned(1, n, dtype=dtype)
+    native.linear(x[-1:], w, None, alone)
+    before = torch.get_num_threads()
+    for m in (2, 4, 7, 16, 17, 33, 64, 70):
+        out = poisoned(m, n, dtype=dtype)
+        torch.set_num_threads(1 + m % 3)
+        native.linear(x[-m:].contiguous(), w, None, out)
+        torch.set_num_threads(before)
+        assert torch.equal(out[-1], alone[0]), m
+
+
+@level
+def test_linear_keeps_nan_and_infinity(level: str) -> None:
+    for dtype in DTYPES:
+        x, w = torch.ones(2, 40, dtype=dtype), torch.ones(20, 40, dtype=dtype)
+        w[3, 39], w[7, 0] = math.inf, math.nan
+        out = poisoned(2, 20, dtype=dtype)
+        NATIVE.at(level).linear(x, w, None, out)
+        assert (out[:, 3] == math.inf).all() and out[:, 7].isnan().all() and (out[:, :3] == 40).all()
+
+
+@level
+@dtype
+def test_casts_round_to_nearest_even(level: str, dtype: torch.dtype) -> None:
+    bits = torch.arange(0, 1 << 32, 65521, dtype=torch.int64)
+    values = torch.cat(
+        [bits.to(torch.int32).view(torch.float32), torch.tensor([65504.0, 65519.99, 65520.0, 1e-8, 3e-8])]
+    )
+    everything = values.to(dtype)  # every kind of number of the dtype, through relu: widened and narrowed unchanged
+    out = poisoned(everything.numel(), dtype=dtype)
+    NATIVE.at(level).act(everything, "relu", out)
+    assert torch.equal(out.nan_to_num(7), everything.relu().nan_to_num(7))
+    if level == "scalar":
+        return
+    half = random(4096, dtype=torch.float32).to(dtype)
+    slow, fast = poisoned(4096, dtype=dtype), poisoned(4096, dtype=dtype)
+    ones, eps = torch.ones(4096), 0.37
+    NATIVE.at("scalar").rms_norm(half[None], ones, eps, slow[None])
+    NATIVE.at(level).rms_norm(half[None], ones, eps, fast[None])
+    assert (slow != fast).float().mean() < 0.01
+
+
+@level
+@dtype
+@pytest.mark.parametrize("m, d", [(1, 1), (1, 576), (3, 33), (130, 515)])
+def test_norms(level: str, dtype: torch.dtype, m: int, d: int) -> None:
+    native, eps = NATIVE.at(level), 1e-5
+    wide = random(m, d + 7, dtype=dtype)
+    x, residual = wide[:, :d], random(m, d, dtype=dtype, seed=1)
+    weight, bias = random(d, dtype=torch.float32, seed=2), random(d, dtype=torch.float32, seed=3)
+    out, total = poisoned(m, d, dtype=dtype), poisoned(m, d, dtype=dtype)
+
+    native.rms_norm(x, weight, eps, out)
+    as_good_as(
+        out, F.rms_norm(x.float(), (d,), weight, eps).to(dtype), F.rms_norm(x.double(), (d,), weight.double(), eps)
+    )
+    native.layer_norm(x.contiguous(), weight, bias, eps, out)
+    truth = F.layer_norm(x.double(), (d,), weight.double(), bias.double(), eps)
+    as_good_as(out, F.layer_norm(x.float(), (d,), weight, bias, eps).to(dtype), truth)
+    native.add_rms_norm(x.contiguous(), residual, weight, eps, out, total)
+    assert torch.equal(total, x + residual)
+    truth = F.rms_norm(total.double(), (d,), weight.double(), eps)
+    as_good_as(out, F.rms_norm(total.float(), (d,), weight, eps).to(dtype), truth)
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@level
+@dtype
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("m, f", [(1, 1), (2, 1536), (40, 1001)])
+def test_activations(level: str, dtype: torch.dtype, kind: str, m: int, f: int) -> None:
+    gate_up = 4 * random(m, 2 * f, dtype=dtype)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    wanted = ACTIVATIONS[kind]
+    out = poisoned(m, f, dtype=dtype)
+    NATIVE.at(level).gated_act(gate_up, kind, out)
+    as_good_as(out, (wanted(gate.float()) * up.float()).to(dtype), wanted(gate) * up)
+    x = gate.to(dtype).contiguous()
+    NATIVE.at(level).act(x, kind, out)
+    as_good_as(out, wanted(x.float()).to(dtype), wanted(x.double()))
+
+
+@level
+def test_activations_far_out(level: str) -> None:
+    x = torch.tensor([-math.inf, -1e30, -200.0, -90.0, 0.0, 90.0, 200.0, 1e30, math.nan] * 3)
+    for kind in ("silu", "gelu_new", "gelu"):
+        out = poisoned(x.numel(), dtype=torch.float32)
+        NATIVE.at(level).act(x, kind, out)
+        assert out[8].isnan() and torch.equal(out[4:8], x[4:8]), kind
+        assert (out[1:4].abs() < 1e-30).all(), kind
+
+
+@level
+@dtype
+@pytest.mark.parametrize("head_dim, rotated", [(64, 64), (64, 16), (80, 80), (24, 6), (8, 0)])
+def test_rotary_cache(level: str, dtype: torch.dtype, head_dim: int, rotated: int) -> None:
+    tokens, heads, kv_heads, page = 5, 4, 2, 4
+    qkv = random(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    angle = random(tokens, rotated // 2, dtype=torch.float32, seed=1)
+    slots = torch.tensor([9, 4, 5, 23, 0])
+    k_pool, v_pool = (poisoned(6, page, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    q = poisoned(tokens, heads, head_dim, dtype=dtype)
+    NATIVE.at(level).rotary_cache(qkv, angle.cos(), angle.sin(), k_pool, v_pool, slots, heads, q)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        a, b = x[..., : rotated // 2], x[..., rotated // 2 : rotated]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., rotated:]], dim=-1)
+
+    parts = qkv.view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    for ours, part in ((q, parts[0]), (k_pool.flatten(0, 1)[slots], parts[1])):
+        as_good_as(ours, turned(part.float()).to(dtype), turned(part.double()))
+    assert torch.equal(v_pool.flatten(0, 1)[slots], parts[2])
+    assert k_pool.isnan().sum() == v_pool.isnan().sum() == (24 - tokens) * kv_heads * head_dim
+
+
+def attention_truth(
+    q: torch.Tensor, k: list[torch.Tensor], v: list[torch.Tensor], lengths: list[int], scale: float, window: int
+) -> torch.Tensor:
+    """softmax(scale q k^T) v, sequence by sequence, with every mask written out; the last rows are the queries."""
+    outputs, row = [], 0
+    for keys, values, count in zip(k, v, lengths, strict=True):
+        context, group = keys.shape[0], q.shape[1] // keys.shape[1]
+        i = torch.arange(context - count, context)[:, None]
+        j = torch.arange(context)[None]
+        hidden = (j > i) | ((j <= i - window) if window else torch.zeros_like(j > i))
+        scores = torch.einsum("qhd,khd->hqk", q[row : row + count] * scale, keys.repeat_interleave(group, 1))
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, 1)))
+        row += count
+    return torch.cat(outputs)
+
+
+@level
+@dtype
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, page", [(9, 3, 64, 16), (4, 4, 80, 7), (6, 1, 24, 32), (40, 1, 8, 4)]
+)
+@pytest.mark.parametrize("window", [0, 1, 50])
+def test_paged_attention(
+    level: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, page: int, window: int
+) -> None:
+    lengths, contexts = [1, 40, 1, 7, 1], [1, 40, 1100, 90, 65]  # a first token, a prompt, long decode, chunk, decode
+    tables, width = [], max(math.ceil(c / page) for c in contexts)
+    order = torch.randperm(len(contexts) * width, generator=torch.Generator().manual_seed(5)).tolist()
+    tables = torch.tensor(order, dtype=torch.int32).view(len(contexts), width)
+    k_pool, v_pool = (poisoned(len(order), page, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    k, v = [], []
+    for s, context in enumerate(contexts):
+        at = torch.arange(context)
+        blocks, offsets = tables[s, at // page].long(), at % page
+        k.append(random(context, kv_heads, head_dim, dtype=dtype, seed=10 + s))
+        v.append(random(context, kv_heads, head_dim, dtype=dtype, seed=20 + s))
+        k_pool[blocks, offsets], v_pool[blocks, offsets] = k[-1], v[-1]
+    q = random(sum(lengths), heads, head_dim, dtype=dtype)
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    lens, scale = torch.tensor(contexts, dtype=torch.int32), head_dim**-0.5
+
+    out = poisoned(*q.shape, dtype=dtype)
+    NATIVE.at(level).paged_attention(q, k_pool, v_pool, starts, lens, tables, scale, window, out)
+    truth = attention_truth(q.double(), [t.double() for t in k], [t.double() for t in v], lengths, scale, window)
+    torchs = attention_truth(q.float(), [t.float() for t in k], [t.float() for t in v], lengths, scale, window).to(
+        dtype
+    )
+    as_good_as(out, torchs, truth)
+
+    one = poisoned(1, heads, head_dim, dtype=dtype)  # the long decode without its company: the same bits
+    alone = torch.tensor([0, 1], dtype=torch.int32)
+    NATIVE.at(level).paged_attention(q[41:42], k_pool, v_pool, alone, lens[2:3], tables[2:3], scale, window, one)
+    assert torch.equal(one[0], out[41])

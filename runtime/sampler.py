@@ -97,35 +97,37 @@ def _column(sequences: list[Sequence], name: str, like: torch.Tensor) -> torch.T
 
 
 def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-    """One token per row [r] at the rows' temperatures, out of what top-k, top-p and min-p leave."""
-    vocab = logits.shape[-1]
+    """One token per row [r] at the rows' temperatures, out of what top-k, top-p and min-p leave.
+
+    Whatever is cut, the draw itself is over the whole vocabulary in its own order: sorted candidates would make a
+    seed's token depend on what batch mates ask for and on how ties were sorted.
+    """
     params = [sequence.params for sequence in sequences]
     # The best logit becomes 0 first, so that no temperature, however small, makes an infinity of it.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column(sequences, "temperature", logits)
-    ids = None
     if any(p.top_k or p.top_p < 1 for p in params):
-        # Sorting is the dear part: where every row has a top-k, only that many candidates are sorted out.
-        width = min(vocab, max(p.top_k or vocab for p in params))
-        logits, ids = logits.topk(width)
         logits = _keep_top(logits, params)
     probs = logits.softmax(dim=-1, dtype=torch.float64)
     if any(p.min_p for p in params):
         floor = _column(sequences, "min_p", logits) * probs.amax(dim=-1, keepdim=True)
         probs = probs.masked_fill(probs < floor, 0)
-    picked = _invert(probs, _uniforms(sequences).to(logits.device))
-    return picked if ids is None else ids.gather(1, picked[:, None])[:, 0]
+    return _invert(probs, _uniforms(sequences).to(logits.device))
 
 
 def _keep_top(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Mask what top-k and then top-p leave out. [r, width], each row sorted downwards."""
-    width = logits.shape[-1]
-    ranks = torch.arange(width, device=logits.device)
-    top_k = torch.tensor([p.top_k or width for p in params], device=logits.device)[:, None]
-    logits = logits.masked_fill(ranks >= top_k, -torch.inf)
-    probs = logits.softmax(dim=-1, dtype=torch.float64)
+    """Mask what top-k and then top-p leave out; what equals the last one kept stays too. [r, V] -> [r, V]."""
+    device, vocab = logits.device, logits.shape[-1]
+    # Sorting is the dear part: where every row has a top-k, only that many candidates are sorted out.
+    width = min(vocab, max(p.top_k or vocab for p in params))
+    ranked = logits.topk(width).values
+    ranks = torch.arange(width, device=device)
+    kept = ranks < torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
+    probs = ranked.masked_fill(~kept, -torch.inf).softmax(dim=-1, dtype=torch.float64)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)[:, None]
     before = probs.cumsum(dim=-1) - probs
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=logits.device)[:, None]
-    return logits.masked_fill((before >= top_p) & (ranks > 0), -torch.inf)
+    kept &= (before < top_p) | (top_p == 1) | (ranks == 0)
+    floor = ranked.gather(1, kept.sum(dim=-1, keepdim=True) - 1)
+    return logits.masked_fill(logits < floor, -torch.inf)
 
 
 def _uniforms(sequences: list[Sequence]) -> torch.Tensor:

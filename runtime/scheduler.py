@@ -54,11 +54,9 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, decoding sequences first; empty only when nothing is left to do."""
-        preemptions = self.preemptions
         self._switch_rope()
         self._grow()
-        if self.preemptions == preemptions:  # else what was just freed would be taken again at once
-            self._admit()
+        self._admit()
         return self._chunks()
 
     def _switch_rope(self) -> None:
@@ -89,7 +87,10 @@ class Scheduler:
         self.preemptions += 1
 
     def _admit(self) -> None:
-        """Let sequences in that the step has rows for, while every running one could still grow by a block."""
+        """Let sequences in that the step has rows for, while every running one could still grow by a block.
+
+        That margin also keeps out a sequence that was preempted just now.
+        """
         while self.waiting and len(self.running) < self.max_batch:
             if sum(running.pending for running in self.running) >= self.chunk:
                 return

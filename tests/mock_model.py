@@ -62,7 +62,9 @@ def check_batch(batch: Batch, cache: KVCache) -> None:
     lengths = batch.query_starts.diff()
     assert batch.max_query == int(lengths.max())
     assert int(batch.query_starts[-1]) == len(batch.tokens) == len(batch.slots) == len(batch.rope_lens)
-    for s, (start, stop) in enumerate(zip(batch.query_starts[:-1].tolist(), batch.query_starts[1:].tolist())):
+    for s, (start, stop) in enumerate(
+        zip(batch.query_starts[:-1].tolist(), batch.query_starts[1:].tolist(), strict=True)
+    ):
         end = int(batch.context_lens[s])
         assert batch.positions[start:stop].tolist() == list(range(end - (stop - start), end))
         for row in range(start, stop):

@@ -21,12 +21,24 @@ LAYERS = (1, 3)
 
 
 @dataclass(frozen=True)
+class MockLayer:
+    kv_heads: int
+
+
+@dataclass(frozen=True)
 class MockSpec:
     vocab: int = VOCAB
+    head_dim: int = 2
+    max_positions: int = 64
+    layers: tuple[MockLayer, ...] = tuple(MockLayer(heads) for heads in LAYERS)
+    rope: None = None
     rope_switch: int | None = None
 
 
 class MockModel:
+    device = torch.device("cpu")
+    dtype = torch.float32
+
     def __init__(self, rope_switch: int | None = None) -> None:
         self.spec = MockSpec(rope_switch=rope_switch)
         self.batches: list[Batch] = []
@@ -102,6 +114,22 @@ def expected(prompt: list[int], limit: int, params: SamplingParams, rope_switch:
         if token in stops and generated >= params.min_tokens:
             break
     return tokens[len(prompt) :]
+
+
+class LetterTokenizer:
+    """One letter a token; the first one, which is the end of text, is special."""
+
+    letters = " abcdefghijklmnopqrstuvwxyz0123456789"
+    eos = EOS
+
+    def encode(self, text: str) -> list[int]:
+        return [self.letters.index(letter) for letter in text]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(self.letters[i] for i in ids if not (skip_special_tokens and i == EOS))
+
+    def chat(self, messages: list[dict]) -> list[int]:
+        return self.encode("".join(message["content"] for message in messages))
 
 
 def make_core(

@@ -11,7 +11,7 @@ struct Linear {
 };
 
 constexpr i64 ROWS = 16;                     // a chunk of W is a multiple of this many rows
-constexpr i64 CHUNK_BYTES = 256 << 10;       // of W; small enough that a thread that lost its CPU holds up little
+constexpr i64 CHUNK_BYTES = 1 << 20;         // of W: long streams, yet a thread that lost its CPU holds up little
 constexpr i64 BYTES_PER_THREAD = 128 << 10;  // less is read by one thread sooner than a second one wakes
 
 static inline i64 rows_per_chunk(i64 row_bytes, i64 rows, i64 threads) {

@@ -73,40 +73,47 @@ static inline void zero_sums() {
     _tile_zero(3);
 }
 
-// 16 rows of W from row n0 on, against TILES * 16 rows of x from m0 on; of W's rows, those before `from` are not stored.
+// 16 rows of W, from n0 on and `gap` apart, against TILES * 16 rows of x from m0 on; the first `done` rows of W are
+// not stored.
 template <int TILES>
-static void tiles(const Linear& a, const u32* packed, i64 ld, i64 m0, i64 n0, i64 from) {
+static void tiles(const Linear& a, const u32* packed, i64 ld, i64 m0, i64 n0, i64 gap, i64 done) {
     const bf16* w = static_cast<const bf16*>(a.w) + n0 * a.k;
     const u32* x = packed + m0;
+    const i64 stride = gap * a.k;
     zero_sums();
     i64 k = 0;
     for (; k + TILE_K <= a.k; k += TILE_K) {
-        for (i64 r = 0; r < ROWS; r++) __builtin_prefetch(reinterpret_cast<const char*>(w + r * a.k + k) + AHEAD_BYTES);
-        step<TILES>(w + k, a.k * 2, x + k / 2 * ld, ld);
+        for (i64 r = 0; r < ROWS; r++) __builtin_prefetch(reinterpret_cast<const char*>(w + r * stride + k) + AHEAD_BYTES);
+        step<TILES>(w + k, stride * 2, x + k / 2 * ld, ld);
     }
     if (k < a.k) {
         alignas(64) bf16 rest[ROWS][TILE_K] = {};
-        for (i64 r = 0; r < ROWS; r++) std::memcpy(rest[r], w + r * a.k + k, (a.k - k) * sizeof(bf16));
+        for (i64 r = 0; r < ROWS; r++) std::memcpy(rest[r], w + r * stride + k, (a.k - k) * sizeof(bf16));
         step<TILES>(rest, 2 * TILE_K, x + k / 2 * ld, ld);
     }
     alignas(64) float sums[TILES][ROWS][TILE_M];
     take_sums<TILES>(sums);
     for (i64 m = m0; m < least(a.m, m0 + TILES * TILE_M); m++)
-        for (i64 r = from; r < ROWS; r++)
-            cast(sums[(m - m0) / TILE_M][r][(m - m0) % TILE_M] + bias_at<bf16>(a.bias, a.bias_is_fp32, n0 + r),
-                 static_cast<bf16*>(a.y) + m * a.n + n0 + r);
+        for (i64 r = done; r < ROWS; r++)
+            cast(sums[(m - m0) / TILE_M][r][(m - m0) % TILE_M] + bias_at<bf16>(a.bias, a.bias_is_fp32, n0 + r * gap),
+                 static_cast<bf16*>(a.y) + m * a.n + n0 + r * gap);
 }
 
-static void rows_of(const Linear& a, const u32* packed, i64 ld, i64 n, i64 end) {
-    for (; n < end; n += ROWS) {
-        const i64 n0 = least(n, a.n - ROWS);  // the last tile reaches back over rows that are done
-        for (i64 m = 0; m < a.m; m += 4 * TILE_M) switch (ceil_div(least(a.m - m, 4 * TILE_M), TILE_M)) {
-                case 1: tiles<1>(a, packed, ld, m, n0, n - n0); break;
-                case 2: tiles<2>(a, packed, ld, m, n0, n - n0); break;
-                case 3: tiles<3>(a, packed, ld, m, n0, n - n0); break;
-                default: tiles<4>(a, packed, ld, m, n0, n - n0);
-            }
-    }
+// 16 rows of W against all rows of x.
+static void sixteen(const Linear& a, const u32* packed, i64 ld, i64 n, i64 gap, i64 done) {
+    for (i64 m = 0; m < a.m; m += 4 * TILE_M) switch (ceil_div(least(a.m - m, 4 * TILE_M), TILE_M)) {
+            case 1: tiles<1>(a, packed, ld, m, n, gap, done); break;
+            case 2: tiles<2>(a, packed, ld, m, n, gap, done); break;
+            case 3: tiles<3>(a, packed, ld, m, n, gap, done); break;
+            default: tiles<4>(a, packed, ld, m, n, gap, done);
+        }
+}
+
+// Rows begin .. end as 16 streams (see linear_kernel.h); what is left at W's end is a tile that reaches back.
+static void rows_of(const Linear& a, const u32* packed, i64 ld, i64 begin, i64 end) {
+    const i64 gap = (end - begin) / ROWS, left = (end - begin) % ROWS;
+    for (i64 n = begin; n < begin + gap; n++) sixteen(a, packed, ld, n, gap, 0);
+    if (left) sixteen(a, packed, ld, end - ROWS, 1, ROWS - left);
 }
 
 // packed: scratch of packed_words(a) words. Needs a.n >= 16.

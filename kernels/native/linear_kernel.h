@@ -14,12 +14,14 @@ struct Dot {
 #include "dot_bf16.h"
 #endif
 
-constexpr i64 PREFETCH_BYTES = 1024;  // ahead in every row: hardware prefetch alone stops at each page
+constexpr i64 PREFETCH_BYTES = 512;  // ahead in every row: hardware prefetch alone stops at each page
 
-// y[m, r] for MB rows of x and R rows of W.
+// y[m, n] for MB rows of x from m0 on and R rows of W from n0 on, `gap` apart.
 template <class T, int MB, int R>
-static inline void block(const Linear& a, const T* x, const T* w, i64 m0, i64 n0) {
+static inline void block(const Linear& a, i64 m0, i64 n0, i64 gap) {
     using D = Dot<T>;
+    const T *x = static_cast<const T*>(a.x) + m0 * a.k, *w = static_cast<const T*>(a.w) + n0 * a.k;
+    const i64 stride = gap * a.k;
     V acc[MB][R];
     for (auto& row : acc)
         for (auto& one : row) one = splat(0.0f);
@@ -27,7 +29,7 @@ static inline void block(const Linear& a, const T* x, const T* w, i64 m0, i64 n0
     for (; k + D::STEP <= a.k; k += D::STEP) {
         typename D::Operand rows[R];
         for (int r = 0; r < R; r++) {
-            const T* p = w + r * a.k + k;
+            const T* p = w + r * stride + k;
             __builtin_prefetch(reinterpret_cast<const char*>(p) + PREFETCH_BYTES);
             rows[r] = D::take(p);
         }
@@ -39,30 +41,31 @@ static inline void block(const Linear& a, const T* x, const T* w, i64 m0, i64 n0
     if (k < a.k)
         for (int m = 0; m < MB; m++)
             for (int r = 0; r < R; r++)
-                acc[m][r] = D::add(acc[m][r], D::take(x + m * a.k + k, a.k - k), D::take(w + r * a.k + k, a.k - k));
+                acc[m][r] = D::add(acc[m][r], D::take(x + m * a.k + k, a.k - k), D::take(w + r * stride + k, a.k - k));
     for (int m = 0; m < MB; m++)
         for (int r = 0; r < R; r++)
-            cast(sum(acc[m][r]) + bias_at<T>(a.bias, a.bias_is_fp32, n0 + r), static_cast<T*>(a.y) + (m0 + m) * a.n + n0 + r);
+            cast(sum(acc[m][r]) + bias_at<T>(a.bias, a.bias_is_fp32, n0 + r * gap),
+                 static_cast<T*>(a.y) + (m0 + m) * a.n + n0 + r * gap);
 }
 
-// R rows of W against all rows of x, MB at a time and then one by one.
+// R rows of W against rows m .. of x, MB at a time; returns how far it came.
 template <class T, int MB, int R>
-static inline i64 sweep(const Linear& a, i64 m, i64 n) {
-    const T* w = static_cast<const T*>(a.w) + n * a.k;
-    for (; m + MB <= a.m; m += MB) block<T, MB, R>(a, static_cast<const T*>(a.x) + m * a.k, w, m, n);
+static inline i64 sweep(const Linear& a, i64 m, i64 n, i64 gap) {
+    for (; m + MB <= a.m; m += MB) block<T, MB, R>(a, m, n, gap);
     return m;
 }
 
+// Rows begin .. end as R streams that each run through neighbouring rows: longer runs for the hardware's prefetcher.
 template <class T>
 static void rows_of(const Linear& a, i64 begin, i64 end) {
     constexpr int WIDE = W == 1 ? 4 : 8;
     constexpr int FEW = ACCUMULATORS / 4;
-    i64 n = begin;
-    if (a.m == 1)
-        for (; n + WIDE <= end; n += WIDE) sweep<T, 1, WIDE>(a, 0, n);
-    else
-        for (; n + FEW <= end; n += FEW) sweep<T, 1, FEW>(a, sweep<T, 2, FEW>(a, sweep<T, 4, FEW>(a, 0, n), n), n);
-    for (; n < end; n++) sweep<T, 1, 1>(a, 0, n);
+    const int streams = a.m == 1 ? WIDE : FEW;
+    const i64 gap = (end - begin) / streams;
+    for (i64 n = begin; n < begin + gap; n++)
+        if (a.m == 1) sweep<T, 1, WIDE>(a, 0, n, gap);
+        else sweep<T, 1, FEW>(a, sweep<T, 2, FEW>(a, sweep<T, 4, FEW>(a, 0, n, gap), n, gap), n, gap);
+    for (i64 n = begin + gap * streams; n < end; n++) sweep<T, 1, 1>(a, 0, n, 1);
 }
 
 template <class T>

@@ -41,10 +41,9 @@ def fits(unit: Unit) -> str | None:
     others = sorted(unit.tensors.keys() - {"weight", "bias"})
     if weight is None or others:
         return f"dense stores a weight and perhaps a bias, the unit has {sorted(unit.tensors)}"
-    if weight.dtype not in DTYPES or (bias is not None and bias.dtype != weight.dtype):
-        return (
-            f"dense takes bfloat16, float16 and float32 alone, not {weight.dtype} with a bias of {bias and bias.dtype}"
-        )
+    dtypes = {tensor.dtype for tensor in unit.tensors.values()}
+    if len(dtypes) > 1 or weight.dtype not in DTYPES:
+        return f"dense takes one dtype of bfloat16, float16 and float32, the unit has {sorted(map(str, dtypes))}"
     outputs = sum(n for n, _ in unit.modules.values())
     if any(tuple(weight.shape) != (outputs, k) for _, k in unit.modules.values()):
         return f"the weight is {tuple(weight.shape)}, the modules are {unit.modules}"
@@ -169,7 +168,7 @@ def _linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     native = library.load()
     if native is None:
         fallback("linear", library.why_not())
-    elif x.shape[0] <= native.linear_rows(x.dtype):
+    elif 0 < x.shape[0] <= native.linear_rows(x.dtype):
         y = x.new_empty(x.shape[0], weight.shape[0])
         native.linear(x, weight, bias, y)
         return y

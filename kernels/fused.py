@@ -115,7 +115,7 @@ def rotary_cache_reference(
 ) -> Tensor:
     """`rotary_cache` in plain torch."""
     kv_heads, head_dim = k_pool.shape[2:]
-    q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    q, k, v = qkv.view(qkv.shape[0], heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
     k_pool.view(-1, kv_heads, head_dim)[slots] = _rotate(k, cos, sin)
     v_pool.view(-1, kv_heads, head_dim)[slots] = v
     return _rotate(q, cos, sin)

@@ -76,12 +76,13 @@ def _attend(
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         # A row that has seen no key yet keeps -inf: measured from 0 its terms are exp(-inf) = 0 and not NaN.
         base = tl.where(larger == float("-inf"), 0.0, larger)
-        weights = tl.exp(scores - base[:, None])
+        # Rounded to the values' dtype for tensor cores, and summed as rounded: they still add up to one.
+        weights = tl.exp(scores - base[:, None]).to(v_pool_ptr.dtype.element_ty)
         shrink = tl.exp(largest - base)
         v_at = slot[:, None] * HEAD_DIM + d[None, :]
         v = tl.load(v_pool_ptr + v_at, mask=there[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        weight_sum = weight_sum * shrink + tl.sum(weights, axis=1)
-        total = tl.dot(weights.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
+        weight_sum = weight_sum * shrink + tl.sum(weights.to(tl.float32), axis=1)
+        total = tl.dot(weights, v, total * shrink[:, None], input_precision="ieee")
         largest = larger
     y = total / tl.where(weight_sum > 0, weight_sum, 1.0)[:, None]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=live)

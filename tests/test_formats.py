@@ -1,0 +1,151 @@
+"""What any format must prove, on its own cases: exact storage, right products, honest bytes.
+
+tests/test_triton_interpret.py runs this file a second time, through the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pared.kernels import formats
+from pared.kernels.unit import Packed, Unit
+from pared.tests.truth import assert_as_good, poisoned
+
+pytestmark = pytest.mark.filterwarnings("ignore::pared.kernels.dispatch.SlowerPath")
+
+ROWS = (1, 2, 3, 7, 16, 33, 64, 130)
+EVERY = [
+    pytest.param(module, unit, id=f"{module.NAME}-{i}")
+    for module in formats.FORMATS
+    for i, unit in enumerate(module.cases())
+]
+every_case = pytest.mark.parametrize(("module", "unit"), EVERY)
+
+
+def dtype_of(unit: Unit) -> torch.dtype:
+    return next(iter(unit.tensors.values())).dtype
+
+
+def inputs(unit: Unit, rows: int, seed: int = 0) -> torch.Tensor:
+    k = next(iter(unit.modules.values()))[1]
+    return torch.randn(rows, k, generator=torch.Generator().manual_seed(seed)).to(dtype_of(unit))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def check_apply(module, packed: Packed, paths: list[str], x: torch.Tensor) -> None:
+    """`apply` on the stacked outputs of `paths` against the reference of each."""
+    prepared = module.prepare(packed, "cpu")
+    assert prepared.outputs == {paths[0]: tuple(packed.modules[path][0] for path in paths)}
+    with poisoned():
+        y = module.apply(x, prepared, paths[0])
+    own = torch.cat([module.reference(x, packed, path) for path in paths], dim=1)
+    truth = torch.cat([module.reference(x.float(), packed, path) for path in paths], dim=1)
+    assert_as_good(y, own, truth)
+
+
+def test_names_are_unique_and_found():
+    names = [module.NAME for module in formats.FORMATS]
+    assert len(set(names)) == len(names)
+    assert [formats.by_name(name) for name in names] == list(formats.FORMATS)
+    with pytest.raises(KeyError, match="dense"):
+        formats.by_name("dens")
+
+
+@every_case
+def test_storage_is_exact(module, unit):
+    assert module.fits(unit) is None
+    packed = module.encode(unit)
+    assert (packed.format, packed.version) == (module.NAME, module.VERSION)
+    assert json.loads(json.dumps(packed.params)) == packed.params
+    assert all(tensor.is_contiguous() for tensor in packed.tensors.values())
+    decoded = module.decode(packed)
+    assert decoded.modules == unit.modules
+    assert decoded.tensors.keys() == unit.tensors.keys()
+    for name, tensor in unit.tensors.items():
+        assert decoded.tensors[name].dtype == tensor.dtype
+        assert torch.equal(bits(decoded.tensors[name]), bits(tensor))
+
+
+@every_case
+def test_nan_infinity_and_signed_zero_survive(module, unit):
+    tensors = {name: tensor.clone() for name, tensor in unit.tensors.items()}
+    odd = torch.tensor([float("nan"), float("inf"), -0.0])
+    flat = tensors["weight"].view(-1)[:3]
+    flat.copy_(odd[: flat.numel()])
+    special = Unit(unit.modules, tensors)
+    if module.fits(special) is None:
+        decoded = module.decode(module.encode(special))
+        assert torch.equal(bits(decoded.tensors["weight"]), bits(tensors["weight"]))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@every_case
+def test_apply_is_as_good_as_torch(module, unit, rows):
+    packed = module.encode(unit)
+    check_apply(module, packed, list(unit.modules), inputs(unit, rows))
+
+
+@every_case
+def test_no_rows_give_no_rows(module, unit):
+    packed = module.encode(unit)
+    first = next(iter(unit.modules))
+    y = module.apply(inputs(unit, 0), module.prepare(packed, "cpu"), first)
+    assert y.shape == (0, sum(n for n, _ in unit.modules.values()))
+
+
+@every_case
+def test_stacked_units_give_their_outputs_side_by_side(module, unit):
+    packed = module.encode(unit)
+    twin = Packed(packed.format, packed.version, {f"twin.{p}": s for p, s in unit.modules.items()}, packed.tensors, {})
+    stacked = module.stack([packed, Packed(**{**vars(twin), "params": packed.params})])
+    if stacked is not None:
+        paths = [*unit.modules, *(f"twin.{path}" for path in unit.modules)]
+        assert list(stacked.modules) == paths
+        check_apply(module, stacked, paths, inputs(unit, 5))
+
+
+@every_case
+def test_slices_of_outputs_concatenate_and_slices_of_inputs_add_up(module, unit):
+    packed = module.encode(unit)
+    path, (n, k) = next(iter(unit.modules.items()))
+    x = inputs(unit, 4).float()
+    whole = module.reference(x, packed, path)
+    if n > 1:
+        cuts = [(0, n // 2), (n // 2, n)]
+        parts = [module.slice(packed, path, 0, *cut) for cut in cuts]
+        assert [part.modules[path] for part in parts] == [(stop - start, k) for start, stop in cuts]
+        joined = torch.cat([module.reference(x, part, path) for part in parts], dim=1)
+        torch.testing.assert_close(joined, whole, rtol=0, atol=1e-5)
+    if k > 1:
+        cuts = [(0, k // 2), (k // 2, k)]
+        parts = [module.slice(packed, path, 1, *cut) for cut in cuts]
+        summed = sum(module.reference(x[:, slice(*cut)], part, path) for part, cut in zip(parts, cuts, strict=True))
+        torch.testing.assert_close(summed, whole, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=str(n)):
+        module.slice(packed, path, 0, 0, n + 1)
+
+
+@every_case
+def test_traffic_is_the_bytes_that_the_op_receives(module, unit):
+    packed = module.encode(unit)
+    prepared = module.prepare(packed, "cpu")
+    held = {t.data_ptr(): t.nbytes for t in prepared.tensors if t is not None}
+    for rows in (1, 64):
+        cost = module.traffic(packed, rows)
+        assert cost.weight_bytes == sum(held.values())
+        assert cost.flops == rows * module.traffic(packed, 1).flops > 0
+
+
+@every_case
+def test_the_op_runs_on_meta_tensors(module, unit):
+    prepared = module.prepare(module.encode(unit), "meta")
+    first = next(iter(unit.modules))
+    for rows in (1, 5, 200):
+        y = module.apply(inputs(unit, rows).to("meta"), prepared, first)
+        assert (y.shape, y.dtype) == ((rows, sum(prepared.outputs[first])), dtype_of(unit))

@@ -1,0 +1,34 @@
+"""The kernel tests once more in a process whose CPU tensors take the Triton kernels.
+
+TRITON_INTERPRET is read when a kernel is decorated, so it needs a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+FILES = ("test_formats.py", "test_dense.py", "test_attention.py", "test_fused.py")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_kernel_test_passes_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
+    harmless = ("Conversion of an array with ndim > 0:DeprecationWarning", "overflow encountered in exp:RuntimeWarning")
+    options = [option for warning in harmless for option in ("-W", f"ignore:{warning}")]
+    plugins = ["-p", "interpreter_bf16", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", *plugins, *options]
+    run = subprocess.run(
+        [*command, *(str(TESTS / name) for name in FILES)],
+        env=environment,
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -16,10 +16,12 @@ def open_source(path: str | Path) -> Source:
         return huggingface.open_source(path)
     if not path.exists():
         raise SourceError(f"{path} does not exist; give a folder with config.json and weights, or a .gguf file")
-    if path.open("rb").read(4) == b"GGUF":
-        from . import gguf  # needs a package that no other source does
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        from .gguf import open_source as open_gguf  # needs a package that no other source does
 
-        return gguf.open_source(path)
+        return open_gguf(path)
     raise SourceError(
         f"{path} is a file but not GGUF; give the folder that holds config.json and the weights, or a .gguf file"
     )

@@ -117,19 +117,23 @@ def _pickled(shard: Path, skip: Skip) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         content = torch.load(shard, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as wrong:
-        reason = str(wrong).splitlines()[0]
         raise SourceError(
-            f"{shard} is damaged, or holds code beside weights, which pared never runs ({reason}); "
+            f"{shard} is damaged, or holds code beside weights, which pared never runs ({_first_line(wrong)}); "
             "ask its publisher for safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as wrong:
-        reason = str(wrong).splitlines()[0]
-        raise SourceError(f"{shard} is truncated or was not saved by torch ({reason}); download it again") from None
+    except Exception as wrong:  # damaged bytes make the unpickler raise whatever they spell
+        raise SourceError(
+            f"{shard} is truncated or was not saved by torch ({_first_line(wrong)}); download it again"
+        ) from None
     if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
         raise SourceError(f"{shard} holds something else than a flat dictionary of tensors; it is no model's state")
     for name, tensor in content.items():
         if not skip(name):
             yield name, tensor.detach()
+
+
+def _first_line(wrong: Exception) -> str:
+    return next(iter(str(wrong).splitlines()), type(wrong).__name__)
 
 
 def _fingerprint(path: Path, config: dict[str, Any], shards: list[Path]) -> str:

@@ -40,7 +40,7 @@ lint: $(READY)
 
 bench: $(READY) $(TEXTS)
 	$(BIN)/python -m pared.bench.cpu_linear
-	$(BIN)/python -m pared.bench.end_to_end
+	$(BIN)/python -m pared.bench.end_to_end demo/smollm2
 
 $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

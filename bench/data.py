@@ -74,3 +74,11 @@ def xsum_documents() -> list[str]:
 def corpus(passages: list[str]) -> str:
     """One text out of many, joined by blank lines: the form in which perplexity is measured."""
     return "\n\n".join(passages)
+
+
+def convert_smollm2(folder: Path) -> None:
+    """SmolLM2 from its GGUF file to a compact folder in bf16, replacing what an earlier run left."""
+    from .. import convert
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    convert(gguf_path(), folder, dtype="bfloat16", overwrite=folder.exists())

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "converters", "runtime", "bench")
 CONTRACT = {"errors", "compact", "families"}
 # A root module that only holds a part of another lives in that one's room.
-SAME_ROOM = {"compact_writer": "compact", "durable": "compact", "spec": "families", "durable": "compact", "terminal": "cli"}
+SAME_ROOM = {"compact_writer": "compact", "durable": "compact", "spec": "families", "terminal": "cli"}
 MAY_IMPORT = {
     "errors": set(),
     "families": {"errors"},

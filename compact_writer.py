@@ -20,7 +20,7 @@ import torch
 
 from . import __version__
 from .compact import CONFIG, INDEX, SINGLE, STOCK_FORMAT, FileEntry, Manifest, TensorEntry, UnitEntry
-from .durable import disk_errors, entry, replace_file, sync, sync_folder, write_safetensors
+from .durable import append_line, disk_errors, entry, replace_file, sync_folder, write_safetensors
 from .errors import FolderBusy, FolderExists
 
 _JOURNAL = ".pared.journal"
@@ -199,12 +199,12 @@ class FolderWriter:
 
     # --- lock and journal ------------------------------------------------------------------------
 
-    def _lock(self) -> IO[str]:
+    def _lock(self) -> IO[bytes]:
         """Open the journal of the partial folder, locked. Who publishes renames it away: hence the second look."""
         self.partial.mkdir(exist_ok=True)
         if any(self.partial.iterdir()) and not (self.partial / _JOURNAL).is_file():
             raise FolderExists(f"{self.partial} is there and pared did not make it; move it away or rename the target")
-        journal = (self.partial / _JOURNAL).open("a+", encoding="utf-8")
+        journal = (self.partial / _JOURNAL).open("a+b", buffering=0)
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.stat(self.partial / _JOURNAL).st_ino == os.fstat(journal.fileno()).st_ino:
@@ -245,8 +245,7 @@ class FolderWriter:
 
     def _note(self, line: dict[str, Any]) -> None:
         with disk_errors(self.partial / _JOURNAL):
-            self._journal.write(json.dumps(line) + "\n")
-            sync(self._journal)
+            append_line(self._journal, json.dumps(line))
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -275,12 +274,12 @@ def _stock_names(count: int) -> list[str]:
     return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def _whole_lines(journal: IO[str]) -> list[dict[str, Any]]:
+def _whole_lines(journal: IO[bytes]) -> list[dict[str, Any]]:
     """The journal's entries; a last one that a crash has torn is cut off."""
     journal.seek(0)
-    text = journal.read()
-    whole = text[: text.rfind("\n") + 1]
-    journal.truncate(len(whole.encode()))
+    content = journal.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    journal.truncate(len(whole))
     try:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError:

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -47,14 +47,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEn
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGN)
+    parts = chain([memoryview(len(text).to_bytes(8, "little") + text)], (_bytes(tensor) for _, tensor in ordered))
+    try:
+        return FileEntry(8 + len(text) + end, _write_hashed(path, parts))
+    except OSError:
+        path.unlink(missing_ok=True)  # half a shard only takes room on a full disk
+        raise
+
+
+def _write_hashed(path: Path, parts: Iterable[memoryview]) -> str:
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        parts = chain([memoryview(len(text).to_bytes(8, "little") + text)], (_bytes(tensor) for _, tensor in ordered))
         for part in parts:
             digest.update(part)
             _write_all(file, part)
-        sync(file)
-    return FileEntry(8 + len(text) + end, digest.hexdigest())
+        os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -63,22 +71,23 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _write_all(file: IO[bytes], data: memoryview) -> None:
-    """One write call takes at most 2 GiB and may take less."""
+    """One unbuffered write takes at most 2 GiB and may take less."""
     while data:
         data = data[file.write(data) :]
 
 
-def sync(file: IO[Any]) -> None:
-    file.flush()
+def append_line(file: IO[bytes], line: str) -> None:
+    """Add a line to an unbuffered file; what a full disk refuses is not tried again when the file is closed."""
+    _write_all(file, memoryview(f"{line}\n".encode()))
     os.fsync(file.fileno())
 
 
 def replace_file(path: Path, content: bytes) -> FileEntry:
     """Write a small file under another name, then rename it."""
     draft = path.with_name(f"{path.name}.draft")
-    with draft.open("wb") as file:
-        file.write(content)
-        sync(file)
+    with draft.open("wb", buffering=0) as file:
+        _write_all(file, memoryview(content))
+        os.fsync(file.fileno())
     os.replace(draft, path)
     return FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
@@ -93,13 +102,10 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk says into our errors; a file torn by a full disk is removed, finished ones stay."""
+    """Turn what the disk says into our errors."""
     try:
         yield
     except OSError as wrong:
         if wrong.errno in (errno.ENOSPC, errno.EDQUOT):
-            with contextlib.suppress(OSError):
-                if path.is_file():
-                    path.unlink()
             raise DiskFull(f"no space left for {path}; free some and run the same command: it resumes") from None
         raise FolderError(f"{path} cannot be written ({wrong.strerror})") from wrong

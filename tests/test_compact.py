@@ -274,6 +274,19 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path):
         assert not writer.holds("a.q")
 
 
+def test_a_disk_that_is_full_for_the_journal(tmp_path):
+    """The shard is written but not counted: the next run writes it again."""
+    writer = FolderWriter(tmp_path / "out", resume_key="k", max_shard_bytes=100)
+    with writer:
+        writer.add_plain("embed.weight", TENSORS["embed.weight"])
+        writer._journal.close()
+        writer._journal = open("/dev/full", "r+b", buffering=0)
+        with pytest.raises(errors.DiskFull):
+            writer.finish(CONFIG, {}, {})
+    with FolderWriter(tmp_path / "out", resume_key="k", max_shard_bytes=100) as writer:
+        assert not writer.holds("embed.weight")
+
+
 def test_a_folder_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.FolderError, match="cannot be written"):

@@ -104,26 +104,28 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         return y
     name = tuning.target()
     tile = _tile(m, x.dtype, name)
-    grid = (triton.cdiv(n, tile.n),) if m == 1 else (triton.cdiv(m, tile.m), triton.cdiv(n, tile.n))
-    splits = tuning.splits(grid[0] * grid[-1] if m > 1 else grid[0], k, tile, name)
+    programs = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+    splits = tuning.splits(programs, k, tile, name)
     k_split = triton.cdiv(triton.cdiv(k, tile.k), splits) * tile.k
     out = y if splits == 1 else x.new_empty(splits, m, n, dtype=torch.float32)
     own_bias = bias if splits == 1 else None
     launch = {"HAS_BIAS": own_bias is not None, "num_warps": tile.warps, "num_stages": tile.stages}
     if m == 1:
-        _gemv[(*grid, splits)](x, weight, own_bias, out, n, k, k_split, BLOCK_N=tile.n, BLOCK_K=tile.k, **launch)
+        _gemv[(programs, splits)](x, weight, own_bias, out, n, k, k_split, BLOCK_N=tile.n, BLOCK_K=tile.k, **launch)
     else:
         blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-        _gemm[(*grid, splits)](x, weight, own_bias, out, m, n, k, k_split, **blocks, **launch)
+        grid = (triton.cdiv(m, tile.m), triton.cdiv(n, tile.n), splits)
+        _gemm[grid](x, weight, own_bias, out, m, n, k, k_split, **blocks, **launch)
     if splits > 1:
-        programs = (triton.cdiv(m * n, SUM_BLOCK),)
-        _sum_partials[programs](out, bias, y, m * n, n, SPLITS=splits, HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK)
+        grid = (triton.cdiv(m * n, SUM_BLOCK),)
+        _sum_partials[grid](out, bias, y, m * n, n, SPLITS=splits, HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK)
     return y
 
 
 def _tile(m: int, dtype: torch.dtype, name: str) -> tuning.Tile:
     """The launch of M = m rows on target `name`."""
     if m == 1:
-        return tuning.GEMV.get(name, tuning.GEMV["default"])
-    tile = tuning.pick(tuning.GEMM.get(name, tuning.GEMM["default"]), m)
+        tile = tuning.GEMV.get(name, tuning.GEMV["default"])
+    else:
+        tile = tuning.pick(tuning.GEMM.get(name, tuning.GEMM["default"]), m)
     return tile._replace(k=tile.k // 2) if dtype == torch.float32 else tile

@@ -25,24 +25,26 @@ class Tile(NamedTuple):
     stages: int
 
 
-# M = 1. Four rows of 1024: every thread holds eight 16-byte loads in flight in 64 registers or fewer.
+# k counts 2-byte elements in both tables; fp32 takes half of it.
+
+# M = 1. Four rows of 1024: every thread has four 16-byte loads of weights in flight in 80 registers or fewer.
 GEMV = {
     "default": Tile(1, 4, 1024, warps=4, stages=1),
     "interpret": Tile(1, 1024, 1024, warps=1, stages=1),
 }
 
-# M > 1: the first tile with m >= M, else the last. k counts 2-byte elements; fp32 takes half of it.
+# M > 1: the first tile with m >= M, else the last.
 GEMM = {
     "default": (
         Tile(16, 32, 128, warps=4, stages=4),
         Tile(32, 32, 128, warps=4, stages=4),
-        Tile(64, 64, 64, warps=4, stages=4),
+        Tile(64, 32, 128, warps=4, stages=3),
         Tile(128, 128, 64, warps=8, stages=3),
     ),
     "gfx942": (
         Tile(16, 32, 128, warps=4, stages=2),
         Tile(32, 32, 128, warps=4, stages=2),
-        Tile(64, 64, 64, warps=4, stages=2),
+        Tile(64, 32, 128, warps=4, stages=2),
         Tile(128, 128, 64, warps=8, stages=2),
     ),
     "interpret": (Tile(16, 256, 256, warps=1, stages=1), Tile(128, 256, 256, warps=1, stages=1)),
@@ -51,6 +53,7 @@ GEMM = {
 # Attention: m query rows (times the heads that share a key head) against n keys a step.
 ATTENTION = {
     "default": (Tile(16, 64, 0, warps=4, stages=2), Tile(64, 64, 0, warps=4, stages=2)),
+    "sm_80": (Tile(16, 64, 0, warps=4, stages=2), Tile(64, 32, 0, warps=4, stages=2)),  # 64 x 64 spills there
     "interpret": (Tile(16, 64, 0, warps=1, stages=1), Tile(64, 128, 0, warps=1, stages=1)),
 }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-FILES = ("test_formats.py", "test_dense.py", "test_attention.py", "test_fused.py")
+FILES = ("test_formats.py", "test_dense.py", "test_attention.py", "test_fused.py", "interpreted_tiles.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

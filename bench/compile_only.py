@@ -1,0 +1,122 @@
+"""Compile what the real launchers launch, for GPUs that are not there, and read the machine code.
+
+Inside `compile_only("sm_90")` a launch compiles for that target and does not run, so meta tensors of
+real shapes cost no memory. `report` then tells what a kernel would take on the device: registers,
+scratch memory, spills, shared memory and its instructions, from the binary itself and not from a
+second run of the assembler, whose flags may differ from Triton's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Bytes that one program may take. Triton compiles more without a word; only a launch would fail."""
+
+
+class Report(NamedTuple):
+    """One compiled kernel. scratch: bytes of stack a thread; operations: mnemonic -> how often it stands there."""
+
+    name: str
+    registers: int
+    scratch: int
+    spills: int
+    shared: int
+    operations: Counter[str]
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose mnemonic matches `pattern` from its start."""
+        return sum(n for name, n in self.operations.items() if re.match(pattern, name))
+
+
+class _Driver:
+    """What Triton asks its device driver while it compiles."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.name)  # Triton keeps one cache of kernels a device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compile_only(name: str) -> Iterator[list[Any]]:
+    """Within this block launches compile for target `name`; the list gathers the compiled kernels."""
+    compiled: list[Any] = []
+    run, active = JITFunction.run, driver._active
+
+    def compile_it(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
+
+    driver.set_active(_Driver(name))
+    JITFunction.run = compile_it
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, driver._active = run, active
+
+
+def report(kernel: Any) -> Report:
+    """Read a compiled kernel's binary."""
+    return _report_amd(kernel) if kernel.metadata.target.backend == "hip" else _report_nvidia(kernel)
+
+
+def _report_nvidia(kernel: Any) -> Report:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(tool), "-res-usage", "-sass", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", listing)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump told no resource usage for {kernel.metadata.name}: {listing[:500]}")
+    operations = Counter(
+        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", listing, re.MULTILINE)
+    )
+    spills = sum(n for name, n in operations.items() if name.startswith(("STL", "LDL")))
+    registers, scratch = map(int, usage.groups())
+    return Report(kernel.metadata.name, registers, scratch, spills, kernel.metadata.shared, operations)
+
+
+def _report_amd(kernel: Any) -> Report:
+    listing = kernel.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", listing)
+        return int(found[1]) if found else 0
+
+    operations = Counter(re.findall(r"^\t([a-z][a-z0-9_]+)", listing, re.MULTILINE))
+    registers, scratch = field("vgpr_count"), field("private_segment_fixed_size")
+    spills = field("vgpr_spill_count")  # scalar spills go to lanes of vector registers and cost no memory
+    return Report(kernel.metadata.name, registers, scratch, spills, kernel.metadata.shared, operations)

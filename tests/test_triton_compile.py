@@ -1,0 +1,109 @@
+"""Every launcher compiled at real shapes for GPUs that are not here, and the machine code looked at."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import torch
+
+from pared.bench.compile_only import SHARED_MEMORY, TARGETS, Report, compile_only, report
+from pared.kernels import triton_attention, triton_dense, triton_fused
+from pared.kernels.dense import GPU_ROWS
+
+TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+PREFILL_ROWS = GPU_ROWS[torch.bfloat16]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def linear(rows: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    triton_dense.linear(meta(rows, k, dtype=dtype), meta(n, k, dtype=dtype), meta(n, dtype=dtype))
+
+
+def attend(rows: int, heads: int, kv_heads: int, head_dim: int, window: int = 0) -> None:
+    pool = meta(64, 16, kv_heads, head_dim)
+    starts, lens, tables = (meta(*shape, dtype=torch.int32) for shape in ((5,), (4,), (4, 32)))
+    q = meta(4 * rows, heads, head_dim)
+    triton_attention.paged_attention(q, pool, pool, starts, lens, tables, rows, 0.1, window)
+
+
+def rotate() -> None:
+    table, pool = meta(4, 64, dtype=torch.float32), meta(64, 16, 8, 128)
+    triton_fused.rotary_cache(meta(4, 48 * 128), table, table, pool, pool, meta(4, dtype=torch.int64), 32)
+
+
+def norms() -> None:
+    x, weight = meta(4, 4096), meta(4096, dtype=torch.float32)
+    triton_fused.add_rms_norm(x, x, weight, 1e-5)
+    triton_fused.layer_norm(x, weight, weight, 1e-5)
+
+
+LAUNCHES = {
+    "gemv": lambda: linear(1, 4096, 11008),
+    "gemv fp32": lambda: linear(1, 4096, 4096, torch.float32),
+    "few rows": lambda: linear(8, 4096, 4096),
+    "few rows fp32": lambda: linear(16, 4096, 4096, torch.float32),
+    "more rows": lambda: linear(64, 4096, 4096),
+    "prefill": lambda: linear(PREFILL_ROWS, 11008, 4096),
+    "split": lambda: linear(2, 64, 4096),
+    "decode": lambda: attend(1, 32, 8, 128),
+    "decode, odd head, window": lambda: attend(1, 32, 32, 80, window=2047),
+    "chunk": lambda: attend(512, 32, 8, 128),
+    "rotate": rotate,
+    "norms": norms,
+    "gated act": lambda: triton_fused.gated_act(meta(4, 22016), "silu"),
+    "act": lambda: triton_fused.act(meta(4, 16384), "gelu"),
+}
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def built(request, tmp_path_factory) -> tuple[str, dict[str, list[Report]]]:
+    """Target name, and what every launch compiled for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp(request.param)))
+        reports = {}
+        for name, launch in LAUNCHES.items():
+            with compile_only(request.param) as kernels:
+                launch()
+            reports[name] = [report(kernel) for kernel in kernels]
+    return request.param, reports
+
+
+def test_nothing_spills_and_shared_memory_suffices(built):
+    target, reports = built
+    for name, kernels in reports.items():
+        assert kernels, name
+        for kernel in kernels:
+            assert kernel.spills == 0 == kernel.scratch, (name, kernel)
+            assert kernel.shared <= SHARED_MEMORY[target], (name, kernel)
+
+
+def test_the_gemv_streams_weights_in_16_byte_loads(built):
+    target, reports = built
+    for name in ("gemv", "gemv fp32"):
+        (kernel,) = reports[name]
+        if target == "gfx942":
+            assert kernel.count("(buffer|global)_load_dwordx4") >= 2
+            continue
+        assert kernel.count(r"LDG\.E\.EF\.128") >= 4
+        assert kernel.count("LDG.*U16") == 0
+        assert kernel.registers <= 80  # six programs of four warps a multiprocessor, 48 KiB of weights in flight
+
+
+def test_the_gemms_use_tensor_cores(built):
+    target, reports = built
+    small = "HMMA" if target == "sm_90" else TENSOR_CORES[target]  # 16 rows are too few for a warp group
+    if target != "sm_100":  # its tensor memory wants 64 rows or more as well
+        assert reports["few rows"][0].count(small) > 0
+    for name in ("more rows", "prefill", "chunk"):
+        assert reports[name][0].count(TENSOR_CORES[target]) > 0
+
+
+def test_a_small_grid_is_split_and_added_up(built):
+    _, reports = built
+    assert [kernel.name for kernel in reports["split"]] == ["_gemm", "_sum_partials"]
+    assert [kernel.name for kernel in reports["gemv"]] == ["_gemv"]

@@ -29,7 +29,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the model expects around it."""
-        return list(self.hf.encode(text))
+        return list(self.hf.encode(text, verbose=False))  # how long a text may be is for its user to say
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         text = self.hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
@@ -46,7 +46,7 @@ class Tokenizer:
             text = self.hf.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": True, **template})
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise BadParameter(f"the chat template refuses these messages: {error}") from error
-        return list(self.hf.encode(text, add_special_tokens=False))
+        return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
 
 
 class Detokenizer:

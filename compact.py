@@ -140,7 +140,7 @@ class Manifest:
             )
         except KeyError as missing:
             raise FolderDamaged(f"the manifest in {CONFIG} lacks {missing}; {_AGAIN}") from None
-        except (TypeError, ValueError, AttributeError) as wrong:
+        except (TypeError, ValueError, AttributeError, OverflowError) as wrong:
             raise FolderDamaged(f"the manifest in {CONFIG} is not of the right form ({wrong}); {_AGAIN}") from None
         for name in manifest.files:
             if Path(name).name != name:

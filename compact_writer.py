@@ -59,6 +59,8 @@ class FolderWriter:
         self._replaced = self.target.with_name(self.target.name + ".replaced")
         self._overwrite = overwrite
         self._max_shard_bytes = max_shard_bytes
+        if not self._replaced.exists():  # else the target may be there again once we have recovered
+            _check_target(self.target, overwrite)
         with disk_errors(self.partial):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._journal = self._lock()
@@ -98,7 +100,7 @@ class FolderWriter:
         size, more = (sum(t.nbytes for t in group.values()) for group in (self._pending, tensors))
         if size and more and size + more > self._max_shard_bytes:
             self._flush()
-        self._pending |= {name: tensor.detach() for name, tensor in tensors.items()}
+        self._pending |= tensors
 
     def _flush(self) -> None:
         """Write the open shard, make it durable, then say so in the journal."""
@@ -175,7 +177,9 @@ class FolderWriter:
         return self.target
 
     def close(self) -> None:
-        """Unlock. What was finished stays in the partial folder for the next run."""
+        """Unlock. Finished shards stay in the partial folder for the next run; without any it is removed."""
+        if not self._shards and not self._journal.closed:
+            shutil.rmtree(self.partial, ignore_errors=True)
         self._journal.close()
 
     def __enter__(self) -> FolderWriter:

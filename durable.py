@@ -67,7 +67,7 @@ def _write_hashed(path: Path, parts: Iterable[memoryview]) -> str:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The elements as they lie in memory, row-major; a copy only if the tensor is strided or not on the CPU."""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_all(file: IO[bytes], data: memoryview) -> None:

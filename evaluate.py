@@ -159,6 +159,6 @@ def measure(
     quality = None
     if text is not None:
         tokens = Tokenizer(path).encode(text)
-        window = min(window, context_length(decoder.spec), len(tokens))
+        window = max(2, min(window, context_length(decoder.spec), len(tokens)))
         quality = perplexity(decoder_logits(decoder), tokens, window, protocol, progress)
     return Row(path.name, disk, read, tokens_per_second(decoder), quality)

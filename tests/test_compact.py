@@ -152,6 +152,7 @@ def test_overwrite_never_replaces_what_is_no_compact_folder(tmp_path):
         with pytest.raises(errors.FolderExists, match="not a compact folder"):
             write(tmp_path / name, overwrite=True)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "home"]
 
 
 def test_a_foreign_partial_folder_is_left_alone(tmp_path):
@@ -189,7 +190,8 @@ def test_resume_skips_finished_shards_and_another_key_starts_anew(tmp_path):
     write(tmp_path / "other", publish=False)
     with FolderWriter(tmp_path / "other", resume_key="changed", max_shard_bytes=100) as writer:
         assert not writer.holds("embed.weight")
-    assert [p.name for p in (tmp_path / "other.partial").iterdir()] == [".pared.journal"]
+        assert [p.name for p in (tmp_path / "other.partial").iterdir()] == [".pared.journal"]
+    assert not (tmp_path / "other.partial").exists()
 
 
 def test_a_shard_lost_since_the_journal_starts_anew(tmp_path):
@@ -280,7 +282,7 @@ def test_a_disk_that_is_full_for_the_journal(tmp_path):
     with writer:
         writer.add_plain("embed.weight", TENSORS["embed.weight"])
         writer._journal.close()
-        writer._journal = open("/dev/full", "r+b", buffering=0)
+        writer._journal = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115 (the writer closes it)
         with pytest.raises(errors.DiskFull):
             writer.finish(CONFIG, {}, {})
     with FolderWriter(tmp_path / "out", resume_key="k", max_shard_bytes=100) as writer:
@@ -327,7 +329,7 @@ def test_newer_version_is_refused_by_number(folder):
 
 
 @pytest.mark.parametrize("key", ["format_version", "units", "plain", "tensors", "files", "provenance"])
-@pytest.mark.parametrize("value", [None, 3, [[]], "text"])
+@pytest.mark.parametrize("value", [None, 3, [[]], "text", float("inf")])
 def test_a_manifest_of_the_wrong_form(folder, key, value):
     edit_config(folder, lambda c: c["pared"].pop(key) if value is None else c["pared"].update({key: value}))
     with pytest.raises((errors.FolderDamaged, errors.UnknownVersion, errors.MissingTensors)):

@@ -119,23 +119,22 @@ def _attention_cpu(
         fallback("paged_attention", library.why_not())
         return reference(q, k_pool, v_pool, query_starts, context_lens, block_tables, max_query, scale, window)
     out = torch.empty_like(q)
-
-    def native_run(first: int, last: int) -> None:
-        """Sequences [first, last) through the native kernel; their rows are absolute."""
-        if first < last:
-            starts, lens, tables = query_starts[first : last + 1], context_lens[first:last], block_tables[first:last]
-            native.paged_attention(q, k_pool, v_pool, starts, lens, tables, scale, window, out)
-
-    done, count = 0, context_lens.shape[0]
-    starts = query_starts.tolist() if max_query >= SDPA_FROM_ROWS else []
-    for s in range(count if starts else 0):
-        if starts[s + 1] - starts[s] >= SDPA_FROM_ROWS:
-            native_run(done, s)
-            k, v = (_gather(pool, block_tables[s], int(context_lens[s])) for pool in (k_pool, v_pool))
+    if max_query < SDPA_FROM_ROWS:
+        native.paged_attention(q, k_pool, v_pool, query_starts, context_lens, block_tables, scale, window, out)
+        return out
+    starts, done = query_starts.tolist(), 0
+    for s, context in enumerate([*context_lens.tolist(), 0]):
+        last = s == context_lens.shape[0]
+        if not last and starts[s + 1] - starts[s] < SDPA_FROM_ROWS:
+            continue
+        if done < s:  # the short sequences since the last long one; their rows are absolute
+            short = query_starts[done : s + 1], context_lens[done:s], block_tables[done:s]
+            native.paged_attention(q, k_pool, v_pool, *short, scale, window, out)
+        if not last:
             rows = slice(starts[s], starts[s + 1])
+            k, v = (_gather(pool, block_tables[s], context) for pool in (k_pool, v_pool))
             out[rows] = _sdpa(q[rows], k, v, scale, window)
-            done = s + 1
-    native_run(done, count)
+        done = s + 1
     return out
 
 
@@ -162,25 +161,28 @@ def _attention_gpu(
 def _check(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, query_starts: Tensor, context_lens: Tensor, block_tables: Tensor
 ) -> None:
+    _, heads, head_dim = q.shape
+    pool = k_pool.shape
+    sequences = len(context_lens)
     tensors = (q, k_pool, v_pool, query_starts, context_lens, block_tables)
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        raise ValueError(f"paged_attention wants contiguous tensors, got strides {[t.stride() for t in tensors]}")
-    if q.shape[2] != k_pool.shape[3] or k_pool.shape != v_pool.shape or q.shape[1] % k_pool.shape[2]:
-        raise ValueError(
-            f"paged_attention: q [T, H, D] is {tuple(q.shape)}, "
-            f"the pools [blocks, page, KV, D] are {tuple(k_pool.shape)} and {tuple(v_pool.shape)}"
+    if (
+        v_pool.shape != pool
+        or pool[3] != head_dim
+        or heads % pool[2]
+        or len(query_starts) != sequences + 1
+        or len(block_tables) != sequences
+        or not q.dtype == k_pool.dtype == v_pool.dtype
+        or not query_starts.dtype == context_lens.dtype == block_tables.dtype == torch.int32
+        or not all(map(torch.Tensor.is_contiguous, tensors))
+    ):
+        names = ("q", "k_pool", "v_pool", "query_starts", "context_lens", "block_tables")
+        got = "; ".join(
+            f"{name} {tuple(t.shape)} of {t.dtype}{'' if t.is_contiguous() else f' with strides {t.stride()}'}"
+            for name, t in zip(names, tensors, strict=True)
         )
-    if len({q.dtype, k_pool.dtype, v_pool.dtype}) > 1:
-        raise ValueError(f"paged_attention wants one dtype, got {q.dtype}, {k_pool.dtype} and {v_pool.dtype}")
-    sequences = context_lens.shape[0]
-    if query_starts.shape != (sequences + 1,) or block_tables.shape[0] != sequences:
         raise ValueError(
-            f"paged_attention: {sequences} context_lens need query_starts [{sequences + 1}] and block_tables "
-            f"[{sequences}, B], got {tuple(query_starts.shape)} and {tuple(block_tables.shape)}"
-        )
-    if {query_starts.dtype, context_lens.dtype, block_tables.dtype} != {torch.int32}:
-        raise ValueError(
-            f"paged_attention wants int32, got {query_starts.dtype}, {context_lens.dtype} and {block_tables.dtype}"
+            "paged_attention wants contiguous q [T, H, D] and pools [blocks, page, KV, D] of one dtype, H a multiple "
+            f"of KV, and int32 query_starts [S + 1], context_lens [S], block_tables [S, B]; got {got}"
         )
 
 

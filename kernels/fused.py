@@ -90,23 +90,25 @@ def rotary_cache(
     dim i with dim i + R / 2, as Hugging Face does (R = 0: none); pools [blocks, page, KV, D];
     slots int64 [T] = block * page + offset, unique but for rows that nobody reads.
     """
-    tokens = qkv.shape[0]
-    wanted = {
-        "qkv": (qkv, (tokens, (heads + 2 * kv_heads) * head_dim), qkv.dtype),
-        "cos": (cos, (tokens, cos.shape[-1]), torch.float32),
-        "sin": (sin, cos.shape, torch.float32),
-        "k_pool": (k_pool, (*k_pool.shape[:2], kv_heads, head_dim), qkv.dtype),
-        "v_pool": (v_pool, k_pool.shape, qkv.dtype),
-        "slots": (slots, (tokens,), torch.int64),
-    }
-    for name, (tensor, shape, dtype) in wanted.items():
-        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(
-                f"rotary_cache wants {name} contiguous {tuple(shape)} of {dtype}, "
-                f"got {tuple(tensor.shape)} of {tensor.dtype} with strides {tensor.stride()}"
-            )
-    if 2 * cos.shape[1] > head_dim:
-        raise ValueError(f"rotary_cache cannot rotate {2 * cos.shape[1]} of {head_dim} dims")
+    tokens, half = qkv.shape[0], cos.shape[-1]
+    blocks = k_pool.shape[:2]
+    tensors = (qkv, cos, sin, k_pool, v_pool, slots)
+    shapes = [(tokens, (heads + 2 * kv_heads) * head_dim), (tokens, half), (tokens, half)]
+    shapes += [(*blocks, kv_heads, head_dim), (*blocks, kv_heads, head_dim), (tokens,)]
+    dtypes = [qkv.dtype, torch.float32, torch.float32, qkv.dtype, qkv.dtype, torch.int64]
+    if (
+        [tensor.shape for tensor in tensors] != shapes
+        or [tensor.dtype for tensor in tensors] != dtypes
+        or not all(map(torch.Tensor.is_contiguous, tensors))
+    ):
+        names = ("qkv", "cos", "sin", "k_pool", "v_pool", "slots")
+        rows = zip(names, tensors, shapes, dtypes, strict=True)
+        raise ValueError(
+            "rotary_cache wants contiguous tensors: "
+            + "; ".join(f"{name} {s} of {d}, got {tuple(t.shape)} of {t.dtype}" for name, t, s, d in rows)
+        )
+    if 2 * half > head_dim:
+        raise ValueError(f"rotary_cache cannot rotate {2 * half} of {head_dim} dims")
     return _ROTARY_CACHE(qkv, cos, sin, k_pool, v_pool, slots, heads)
 
 
@@ -169,7 +171,7 @@ def _check_act(op: str, x: Tensor, kind: str) -> None:
 
 
 def _native_rms_norm(native: Library, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out = x.new_empty(x.shape)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     native.rms_norm(x, weight, eps, out)
     return out
 

@@ -117,8 +117,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         grid = (triton.cdiv(m, tile.m), triton.cdiv(n, tile.n), splits)
         _gemm[grid](x, weight, own_bias, out, m, n, k, k_split, **blocks, **launch)
     if splits > 1:
-        grid = (triton.cdiv(m * n, SUM_BLOCK),)
-        _sum_partials[grid](out, bias, y, m * n, n, SPLITS=splits, HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK)
+        blocks_of_y = (triton.cdiv(m * n, SUM_BLOCK),)
+        _sum_partials[blocks_of_y](out, bias, y, m * n, n, SPLITS=splits, HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK)
     return y
 
 

@@ -14,7 +14,7 @@ import torch
 
 from .. import families
 from ..compact import Folder, UnitEntry, open_folder
-from ..errors import MissingTensors, UnknownVersion, WrongShape
+from ..errors import BadParameter, MissingTensors, UnknownVersion, WrongShape
 from ..kernels import formats
 from ..kernels.unit import Packed, Prepared
 from ..spec import Spec
@@ -27,11 +27,22 @@ def load(path: str | Path, device: str | torch.device | None = None, dtype: torc
     device: default is the GPU if there is one, else the CPU. dtype: of weights and activations; default
     is what the folder holds. Raises the FolderError that names what is wrong with the folder.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = pick_device(device)
     with open_folder(path) as folder:
         spec = families.read(folder.config)
         _account(folder, spec)
         return Decoder(spec, _Loading(folder, spec, target, dtype).weights())
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for; by default the GPU if there is one. Raises BadParameter when torch cannot use it."""
+    try:
+        picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise BadParameter(f"no device is called {device!r}; give cpu, or cuda with a GPU") from None
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise BadParameter(f"device {device} is not usable, torch sees {torch.cuda.device_count()} GPUs; try cpu")
+    return picked
 
 
 def _account(folder: Folder, spec: Spec) -> None:

@@ -136,6 +136,10 @@ def test_export(pared: Run, tiny_folder: Path, tiny_checkpoint: Path, tmp_path: 
     before, after = (load_file(home / "model.safetensors") for home in (tiny_checkpoint, tmp_path / "again"))
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
+    status, _, err = pared("export", tiny_folder, tmp_path / "again")
+    assert status == 1
+    assert "--overwrite" in err
+    assert pared("export", tiny_folder, tmp_path / "again", "--overwrite")[0] == 0
     assert "pared" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
@@ -156,6 +160,14 @@ def test_generate_refuses_bad_values(pared: Run, tiny_folder: Path) -> None:
     status, _, err = pared("generate", tiny_folder, "hello", "--top-p", 1.5)
     assert status == 1
     assert "top_p" in err and "1.5" in err
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there(pared: Run, tiny_folder: Path, device: str) -> None:
+    status, _, err = pared("generate", tiny_folder, "hello", "--device", device)
+    assert status == 1
+    assert "BadParameter" in err
+    assert device in err
 
 
 def test_eval(pared: Run, tiny_folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ struct Attention {
 
 constexpr i64 TILE = 64;    // keys that are scored together
 constexpr i64 SPLIT = 512;  // keys of one piece when a sequence has few queries: long contexts share the threads
-constexpr i64 QUERY_ROWS = 32;
+constexpr i64 QUERY_ROWS = 64;  // of one piece: they share the work of fetching a tile
 
 // One key head's queries `query` .. `query + count` of a sequence, against keys begin .. end.
 struct Piece {

@@ -29,35 +29,43 @@ static void multiply(const float* a, i64 lda, const float* b, i64 ldb, float* c,
                      bool add) {
     i64 r = 0;
     for (; r + 4 <= rows; r += 4) rows_times<4>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, columns, add);
-    for (; r < rows; r++) rows_times<1>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, columns, add);
+    a += r * lda, c += r * ldc;
+    if (rows - r == 3) rows_times<3>(a, lda, b, ldb, c, ldc, depth, columns, add);
+    if (rows - r == 2) rows_times<2>(a, lda, b, ldb, c, ldc, depth, columns, add);
+    if (rows - r == 1) rows_times<1>(a, lda, b, ldb, c, ldc, depth, columns, add);
 }
 
-// Where key `position` of a sequence lies in a pool, in elements.
-static inline i64 key_at(const Attention& a, const Piece& p, i64 position) {
-    const i64 block = a.block_tables[p.sequence * a.table_width + position / a.page];
-    return ((block * a.page + position % a.page) * a.kv_heads + p.kv_head) * a.head_dim;
+// Where the tile's keys lie in a pool, in elements; -1 outside begin .. end.
+static inline void find(const Attention& a, const Piece& p, i64 tile, i64* found) {
+    i64 block = tile / a.page, offset = tile % a.page;
+    const std::int32_t* table = a.block_tables + p.sequence * a.table_width;
+    for (i64 j = 0; j < TILE; j++) {
+        const bool there = tile + j >= p.begin && tile + j < p.end;
+        found[j] = there ? ((table[block] * a.page + offset) * a.kv_heads + p.kv_head) * a.head_dim : -1;
+        if (++offset == a.page) offset = 0, block++;
+    }
+}
+
+template <class T>
+static inline V lanes_of(const T* pool, i64 at, i64 d, i64 head_dim) {
+    if (at < 0) return splat(0.0f);
+    return d + W <= head_dim ? load(pool + at + d) : load(pool + at + d, head_dim - d);
 }
 
 // Keys [width, TILE] transposed and values [TILE, width] of the tile, zeros where there are none.
 template <class T>
-static void gather(const Attention& a, const Piece& p, const Scratch& s, i64 tile, i64 begin, i64 end) {
+static void gather(const Attention& a, const Piece& p, const Scratch& s, i64 tile) {
     const T *k_pool = static_cast<const T*>(a.k_pool), *v_pool = static_cast<const T*>(a.v_pool);
-    for (i64 j = 0; j < TILE; j += W) {
-        const T* keys[W];
-        for (i64 i = 0; i < W; i++) {
-            const i64 position = tile + j + i;
-            const bool there = position >= begin && position < end;
-            const i64 at = there ? key_at(a, p, position) : 0;
-            keys[i] = there ? k_pool + at : nullptr;
-            for (i64 d = 0; d < s.width; d += W)
-                store(s.values + (j + i) * s.width + d, there ? load(v_pool + at + d, a.head_dim - d) : splat(0.0f));
-        }
-        for (i64 d = 0; d < s.width; d += W) {
+    i64 found[TILE];
+    find(a, p, tile, found);
+    for (i64 d = 0; d < s.width; d += W) {
+        for (i64 j = 0; j < TILE; j += W) {
             V rows[W];
-            for (i64 i = 0; i < W; i++) rows[i] = keys[i] ? load(keys[i] + d, a.head_dim - d) : splat(0.0f);
+            for (i64 i = 0; i < W; i++) rows[i] = lanes_of(k_pool, found[j + i], d, a.head_dim);
             transpose(rows);
             for (i64 i = 0; i < W; i++) store(s.keys + (d + i) * TILE + j, rows[i]);
         }
+        for (i64 j = 0; j < TILE; j++) store(s.values + j * s.width + d, lanes_of(v_pool, found[j], d, a.head_dim));
     }
 }
 
@@ -116,7 +124,7 @@ static void attend(const Attention& a, const Piece& p, const Scratch& s) {
     }
     std::memset(s.sums, 0, rows * s.width * sizeof(float));
     for (i64 tile = p.begin / TILE * TILE; tile < p.end; tile += TILE) {
-        gather<T>(a, p, s, tile, p.begin, p.end);
+        gather<T>(a, p, s, tile);
         multiply(s.q, s.width, s.keys, TILE, s.scores, TILE, rows, s.width, TILE, false);
         for (i64 r = 0; r < rows; r++) {
             const i64 self = position + r / group;

@@ -12,7 +12,7 @@ struct Linear {
 
 constexpr i64 ROWS = 16;                     // a chunk of W is a multiple of this many rows
 constexpr i64 CHUNK_BYTES = 1 << 20;         // of W: long streams, yet a thread that lost its CPU holds up little
-constexpr i64 BYTES_PER_THREAD = 128 << 10;  // less is read by one thread sooner than a second one wakes
+constexpr i64 BYTES_PER_THREAD = 512 << 10;  // a sleeping thread takes longer to wake than to read less than this
 
 static inline i64 rows_per_chunk(i64 row_bytes, i64 rows, i64 threads) {
     const i64 fair = ceil_div(rows, 2 * threads);

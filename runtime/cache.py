@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from ..errors import BadParameter, EngineError
@@ -36,11 +38,19 @@ class KVCache:
         self.page = page
         self.dtype = dtype
         self.device = torch.device(device)
-        # Zeros, not empty: a masked key has weight 0, and 0 times an uninitialised NaN would still be NaN.
         self.layers = [
-            tuple(torch.zeros(num_blocks, page, heads, head_dim, dtype=dtype, device=device) for _ in ("k", "v"))
+            (self._pool(num_blocks, page, heads, head_dim), self._pool(num_blocks, page, heads, head_dim))
             for heads in kv_heads_per_layer
         ]
+
+    def _pool(self, *shape: int) -> torch.Tensor:
+        """Zeros, not empty: a masked key has weight 0, and 0 times an uninitialised NaN would still be NaN."""
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        # numpy's zeros are pages that the system hands out when they are first written; torch's are written at once,
+        # and a cache sized for the largest batch would take its seconds and its gigabytes before the first request.
+        raw = np.zeros(math.prod(shape) * self.dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(raw).view(self.dtype).view(shape)
 
     @property
     def nbytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,7 +89,7 @@ class LLM:
             outputs[request].choices[delta.index].fold(delta)
         return outputs
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """The answer as it grows. Errors of the request are raised here; closing the iterator cancels it."""
         return self._stream(self._request(prompt, params))
 
@@ -97,12 +97,12 @@ class LLM:
         """The answer to a conversation, [{"role": ..., "content": ...}, ...], through the folder's chat template."""
         return self.generate(self.tokenizer.chat(messages), params)[0]
 
-    def _stream(self, request: _Request) -> Iterator[Delta]:
+    def _stream(self, request: _Request) -> Generator[Delta, None, None]:
         with closing(self._run([request])) as run:
             for _, delta in run:
                 yield delta
 
-    def _run(self, requests: list[_Request]) -> Iterator[tuple[int, Delta]]:
+    def _run(self, requests: list[_Request]) -> Generator[tuple[int, Delta], None, None]:
         """Both ways to answer: every delta with the number of its request. Other runs may take turns with this one."""
         queue: deque[tuple[int, Delta]] = deque()
         mine = [key for number, request in enumerate(requests) for key in self._submit(number, request, queue)]

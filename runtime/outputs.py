@@ -106,17 +106,15 @@ class Choice:
 
     def take(self, output: TokenOutput) -> Delta:
         """Queue and return what the engine's output adds; a stop string found in it ends the answer."""
-        finish, reason = output.finish_reason, output.stop_reason
-        shown = self._show(output)
-        if self._stops.found is not None:
-            finish, reason = "stop", self._stops.found
+        text = self._show(output)
+        stop = self._stops.found
         delta = Delta(
             index=self.index,
-            text=shown,
+            text=text,
             token_ids=() if output.token is None else (output.token,),
             logprobs=() if output.logprob is None else (output.logprob,),
-            finish_reason=finish,
-            stop_reason=reason,
+            finish_reason=output.finish_reason if stop is None else "stop",
+            stop_reason=output.stop_reason if stop is None else stop,
         )
         self.queue.append((self.request, delta))
         return delta

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,8 +54,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
-    stop: str | tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Sequence[str] = ()  # or one string
+    stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -64,8 +64,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, convert in (("logit_bias", _bias), ("stop", _stops), ("stop_token_ids", _ids)):
             object.__setattr__(self, name, convert(getattr(self, name)))
-        for name, low, high in _INTEGERS:
-            _check_integer(name, getattr(self, name), low, high)
+        for name, least, most in _INTEGERS:
+            _check_integer(name, getattr(self, name), least, most)
         for name, low, high, open_low in _NUMBERS:
             _check_number(name, getattr(self, name), low, high, open_low)
         for name in _SWITCHES:

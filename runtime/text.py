@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def _common_start(a: str, b: str) -> int:
 class StopStrings:
     """Finds the first stop string in growing text, also across tokens, and holds back what may begin one."""
 
-    def __init__(self, stops: tuple[str, ...], include: bool) -> None:
+    def __init__(self, stops: Sequence[str], include: bool) -> None:
         self._stops = stops
         self._include = include
         self._held = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -48,11 +49,10 @@ def test_allocator_never_gives_the_reserved_block_and_knows_its_owners() -> None
 
 
 def test_cache_pools_follow_each_layers_heads() -> None:
-    import torch
-
     cache = KVCache([1, 4, 2], 8, 3, 16, torch.bfloat16, "cpu")
     assert [tuple(k.shape) for k, _ in cache.layers] == [(3, 16, 1, 8), (3, 16, 4, 8), (3, 16, 2, 8)]
     assert cache.nbytes == 3 * bytes_per_block([1, 4, 2], 8, 16, torch.bfloat16) == 3 * 2 * 7 * 8 * 16 * 2
+    assert not any(pool.any() for layer in cache.layers for pool in layer)
     with pytest.raises(BadParameter, match="num_blocks=1"):
         KVCache([1], 8, 1, 16, torch.bfloat16, "cpu")
 

@@ -6,6 +6,7 @@ finished shards, and the next one with the same resume key goes on after them.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -64,13 +65,13 @@ class FolderWriter:
         with disk_errors(self.partial):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._journal = self._lock()
-        try:
-            self._recover()
-            _check_target(self.target, overwrite)
-            self._shards = self._resume(resume_key)
-        except BaseException:
-            self._journal.close()
-            raise
+            try:
+                self._recover()
+                _check_target(self.target, overwrite)
+                self._shards = self._resume(resume_key)
+            except BaseException:
+                self._journal.close()
+                raise
         self._finished = {n for s in self._shards for n in (*s.plain, *(path for u in s.units for path in u.modules))}
         self._open, self._pending = _Shard(), dict[str, torch.Tensor]()
         self._manifest: Manifest | None = None
@@ -161,7 +162,10 @@ class FolderWriter:
             raise ValueError("finish the folder before publishing it")
         _check_target(self.target, self._overwrite)
         sync_folder(self.partial)
-        if self.target.exists():
+        replacing = self.target.exists()
+        if replacing:
+            if self._replaced.exists():
+                raise FolderExists(f"{self._replaced} is in the way of replacing {self.target}; move it away")
             os.rename(self.target, self._replaced)
         try:
             os.rename(self.partial, self.target)
@@ -171,10 +175,15 @@ class FolderWriter:
                 f"{self.target} cannot be put in place ({wrong.strerror}); {self.partial} is whole"
             ) from None
         sync_folder(self.target.parent)
-        (self.target / _JOURNAL).unlink()
+        self._clean_up(replacing)
         self.close()
-        shutil.rmtree(self._replaced, ignore_errors=True)
         return self.target
+
+    def _clean_up(self, replaced: bool) -> None:
+        """Delete the old folder, and only then the journal: while it is there, `.replaced` is ours to delete."""
+        if replaced:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+        (self.target / _JOURNAL).unlink()
 
     def close(self) -> None:
         """Unlock. Finished shards stay in the partial folder for the next run; without any it is removed."""
@@ -209,22 +218,21 @@ class FolderWriter:
         if any(self.partial.iterdir()) and not (self.partial / _JOURNAL).is_file():
             raise FolderExists(f"{self.partial} is there and pared did not make it; move it away or rename the target")
         journal = (self.partial / _JOURNAL).open("a+b", buffering=0)
-        try:
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.stat(self.partial / _JOURNAL).st_ino == os.fstat(journal.fileno()).st_ino:
                 return journal
-        except OSError:
-            pass
         journal.close()
         raise FolderBusy(f"another process is converting into {self.target}; wait for it or stop it")
 
     def _recover(self) -> None:
-        """Undo or complete a publish that was interrupted between its two renames."""
-        if self._replaced.exists():
-            if self.target.exists():
-                shutil.rmtree(self._replaced)
-            else:
-                os.rename(self._replaced, self.target)
+        """Complete or undo a publish that died between its renames; another folder of that name is left alone."""
+        if not self._replaced.exists():
+            return
+        if (self.target / _JOURNAL).exists():
+            self._clean_up(replaced=True)
+        elif not self.target.exists() and os.fstat(self._journal.fileno()).st_size:
+            os.rename(self._replaced, self.target)
 
     def _resume(self, key: str) -> list[_Shard]:
         """The shards that an earlier run with this key finished; without any, an empty partial folder."""

@@ -155,6 +155,15 @@ def test_overwrite_never_replaces_what_is_no_compact_folder(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "home"]
 
 
+def test_a_folder_that_only_looks_replaced_is_left_alone(tmp_path):
+    write(tmp_path / "out.replaced")
+    write(tmp_path / "out")
+    write(tmp_path / "else")
+    with pytest.raises(errors.FolderExists, match=r"out\.replaced is in the way"):
+        write(tmp_path / "out", shard=10**9, overwrite=True)
+    assert tree(tmp_path / "out") == tree(tmp_path / "out.replaced") == tree(tmp_path / "else")
+
+
 def test_a_foreign_partial_folder_is_left_alone(tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "notes.txt").write_text("mine")

@@ -54,7 +54,6 @@ DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and activati
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")]
 StrictOption = Annotated[bool, typer.Option("--strict", help="An error where a slower path would replace a kernel.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the target once the new one is whole.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens to generate at most.", show_default="256")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: what the folder recommends.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
@@ -100,7 +99,7 @@ def convert(
     format: Annotated[str | None, typer.Option(help="Storage of every linear layer; default: the smallest.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the stored weights; default: the source's.")] = None,
     calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="A text to measure perplexity on.")] = None,
-    overwrite: OverwriteOption = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST once the new folder is whole.")] = False,
 ) -> None:
     """Convert a checkpoint to a compact folder, dense and without loss, and measure it."""
     from . import convert as run
@@ -110,14 +109,12 @@ def convert(
 
 @app.command()
 def export(
-    path: Folder,
-    out: Annotated[Path, typer.Argument(help="The Hugging Face folder to make.", show_default=False)],
-    overwrite: OverwriteOption = False,
+    path: Folder, out: Annotated[Path, typer.Argument(help="The Hugging Face folder to make.", show_default=False)]
 ) -> None:
     """Write a compact folder as a dense Hugging Face folder again."""
     from .convert import export as run
 
-    print(f"{run(path, out, overwrite=overwrite)} is an ordinary Hugging Face folder")
+    print(f"{run(path, out)} is an ordinary Hugging Face folder")
 
 
 @app.command()

@@ -71,21 +71,16 @@ def convert(
     return Report((row,))
 
 
-def export(
-    path: str | Path,
-    out: str | Path,
-    *,
-    overwrite: bool = False,
-    progress: bool = True,
-    max_shard_bytes: int = SHARD_BYTES,
-) -> Path:
+def export(path: str | Path, out: str | Path, *, progress: bool = True, max_shard_bytes: int = SHARD_BYTES) -> Path:
     """Write a compact folder's model as an ordinary dense Hugging Face folder, for other engines. Returns `out`.
 
     What was packed without loss comes back bit for bit.
     """
+    if Path(out).exists():
+        raise FolderExists(f"{out} is already there, and an export replaces nothing; choose another name")
     with open_folder(path) as folder:
         digest = _key(*(file.sha256 for file in folder.manifest.files.values()), max_shard_bytes)
-        with FolderWriter(out, resume_key=digest, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
+        with FolderWriter(out, resume_key=digest, max_shard_bytes=max_shard_bytes) as writer:
             _export_tensors(folder, writer, progress)
             files = {name: folder.path / name for name in folder.manifest.files if not _holds_weights(name)}
             writer.finish(folder.config, {}, files, manifest=False)

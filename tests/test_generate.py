@@ -6,16 +6,20 @@ token that we chose. That is its greedy answer, by induction, and costs one forw
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+from pared.convert import convert
 from pared.runtime.batch import Batch
 from pared.runtime.cache import KVCache
 from pared.runtime.engine import EngineCore
 from pared.runtime.llm import LLM
+from pared.runtime.loader import load
 from pared.runtime.params import SamplingParams
 from pared.tests.mock_model import run, tokens_of
 
@@ -39,13 +43,20 @@ def together(llm: LLM, real_prompts: list[str]) -> list[list[int]]:
 
 
 def answers(
-    model: Callable, prompts: list[list[int]], *, num_blocks: int = 400, max_batch: int = 32, chunk: int = 1024
+    model: Callable,
+    prompts: list[list[int]],
+    *,
+    num_blocks: int = 400,
+    max_batch: int = 32,
+    chunk: int = 1024,
+    max_tokens: int = 64,
 ) -> tuple[list[list[int]], EngineCore]:
     """The greedy answers under other limits than the fixture's, and the engine that gave them."""
     spec = model.spec
     cache = KVCache([layer.kv_heads for layer in spec.layers], spec.head_dim, num_blocks, 16, model.dtype, "cpu")
     core = EngineCore(model, cache, context=1024, eos=frozenset(), max_batch=max_batch, chunk=chunk)
-    asked = [core.add(prompt, GREEDY) for prompt in prompts]
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    asked = [core.add(prompt, params) for prompt in prompts]
     outputs = run(core)
     return [tokens_of(outputs[id]) for id in asked], core
 
@@ -136,6 +147,48 @@ def test_chat_ends_where_the_model_ends_it(llm: LLM) -> None:
     assert (output.finish_reason, output.stop_reason) == ("stop", None)
     assert output.token_ids[-1] == llm.tokenizer.eos
     assert "<|im_end|>" not in output.text
+
+
+@pytest.fixture(params=["phi3-longrope", "llama-dynamic"])
+def growing(request: pytest.FixtureRequest, tmp_path: Path) -> tuple:
+    """A tiny random model whose rotary tables change once a sequence passes 16 tokens, and our decoder of it."""
+    torch.manual_seed(0)
+    shared = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shared |= {
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    if request.param == "phi3-longrope":
+        rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+        limits = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+        config = transformers.Phi3Config(**shared, **limits, rope_parameters=rope)
+    else:
+        rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+        config = transformers.LlamaConfig(**shared, max_position_embeddings=16, rope_parameters=rope)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0 if parameter.dim() > 1 else 1.0, 0.2)
+    model.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "compact", progress=False)
+    return model, load(tmp_path / "compact", device="cpu")
+
+
+@pytest.mark.parametrize("num_blocks", [40, 9], ids=["roomy", "preempted"])
+def test_rotary_tables_that_change_with_length(growing: tuple, num_blocks: int) -> None:
+    model, decoder = growing
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 96, (length,), generator=generator).tolist() for length in (3, 11, 15, 16, 17, 30)]
+    found, core = answers(decoder, prompts, num_blocks=num_blocks, chunk=32, max_tokens=24)
+    assert bool(core.stats().preemptions) is (num_blocks == 9)
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+        theirs = copy.deepcopy(model).generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert answer == theirs[0, len(prompt) :].tolist()
 
 
 class Recorded:

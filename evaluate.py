@@ -18,7 +18,7 @@ from .runtime.batch import Batch
 from .runtime.cache import KVCache
 from .runtime.engine import EngineCore
 from .runtime.llm import context_length
-from .runtime.loader import load
+from .runtime.loader import load, pick_device
 from .runtime.memory import SHARE_OF_FREE, free_bytes
 from .runtime.model import Decoder
 from .runtime.params import SamplingParams
@@ -150,7 +150,7 @@ def measure(
     A model too large for the device is loaded without its weights: its row has no speed and no perplexity.
     """
     path = Path(path)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = pick_device(device)
     disk = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     read = sum(decode_traffic(path, dtype).values())
     if read > free_bytes(target) * SHARE_OF_FREE[target.type]:

@@ -141,7 +141,7 @@ def _check_rope(rope: Rope, given: Config) -> None:
         for key in ("short_factor", "long_factor"):
             if len(getattr(rope, key)) != rope.dim // 2:
                 raise UnsupportedModel(
-                    f"rope {key} has {len(getattr(rope, key))} numbers, expected {rope.dim // 2} (half of the rotated dims)"
+                    f"rope {key} has {len(getattr(rope, key))} numbers, not {rope.dim // 2} (half of the rotated dims)"
                 )
     if rope.dim < 2 or rope.dim % 2:
         raise UnsupportedModel(f"rotary dimension {rope.dim} is not a positive even number")

@@ -32,7 +32,9 @@ class WeightSpy(TorchDispatchMode):
         self.read: Counter[str] = Counter()
         self._weights = {id(weight): weight for weight in weights}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in (*args, *(kwargs or {}).values()):
             if id(tensor) in self._weights:

@@ -7,6 +7,7 @@ by several layers stays one tensor in memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from ..kernels import formats
 from ..kernels.unit import Packed, Prepared
 from ..spec import Spec
 from .model import Block, Decoder, Ffn, Norm, Projection, Weights
+
+Shape = tuple[int, ...]
 
 
 def load(path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Decoder:
@@ -71,7 +74,7 @@ def _check_format(path: Path, entry: UnitEntry) -> None:
         )
 
 
-def _compare(path: Path, kind: str, wanted: dict, found: dict) -> None:
+def _compare(path: Path, kind: str, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
     missing = sorted(wanted.keys() - found.keys())
     if missing:
         raise MissingTensors(f"{path}: the manifest lacks {kind} {missing[0]}" + _and_more(missing))

@@ -93,7 +93,7 @@ def rotary_cache(
     tokens, half = qkv.shape[0], cos.shape[-1]
     blocks = k_pool.shape[:2]
     tensors = (qkv, cos, sin, k_pool, v_pool, slots)
-    shapes = [(tokens, (heads + 2 * kv_heads) * head_dim), (tokens, half), (tokens, half)]
+    shapes: list[tuple[int, ...]] = [(tokens, (heads + 2 * kv_heads) * head_dim), (tokens, half), (tokens, half)]
     shapes += [(*blocks, kv_heads, head_dim), (*blocks, kv_heads, head_dim), (tokens,)]
     dtypes = [qkv.dtype, torch.float32, torch.float32, qkv.dtype, qkv.dtype, torch.int64]
     if (

@@ -125,19 +125,16 @@ def _attention_cpu(
     if max_query < threshold:
         native.paged_attention(q, k_pool, v_pool, query_starts, context_lens, block_tables, scale, window, out)
         return out
-    starts, done = query_starts.tolist(), 0
-    for s, context in enumerate([*context_lens.tolist(), 0]):
-        last = s == context_lens.shape[0]
-        if not last and starts[s + 1] - starts[s] < threshold:
-            continue
-        if done < s:  # the short sequences since the last long one; their rows are absolute
-            short = query_starts[done : s + 1], context_lens[done:s], block_tables[done:s]
+    starts, contexts = query_starts.tolist(), context_lens.tolist()
+    long = [s for s in range(len(contexts)) if starts[s + 1] - starts[s] >= threshold]
+    for s in long:
+        rows = slice(starts[s], starts[s + 1])
+        k, v = (_gather(pool, block_tables[s], contexts[s]) for pool in (k_pool, v_pool))
+        out[rows] = _sdpa(q[rows], k, v, scale, window)
+    for first, last in zip([0, *(s + 1 for s in long)], [*long, len(contexts)], strict=True):
+        if first < last:  # the short sequences between two long ones; their rows are absolute
+            short = query_starts[first : last + 1], context_lens[first:last], block_tables[first:last]
             native.paged_attention(q, k_pool, v_pool, *short, scale, window, out)
-        if not last:
-            rows = slice(starts[s], starts[s + 1])
-            k, v = (_gather(pool, block_tables[s], context) for pool in (k_pool, v_pool))
-            out[rows] = _sdpa(q[rows], k, v, scale, window)
-        done = s + 1
     return out
 
 
@@ -175,6 +172,7 @@ def _check(
         or len(query_starts) != sequences + 1
         or len(block_tables) != sequences
         or not q.dtype == k_pool.dtype == v_pool.dtype
+        or q.dtype not in library.DTYPES
         or not query_starts.dtype == context_lens.dtype == block_tables.dtype == torch.int32
         or not all(map(torch.Tensor.is_contiguous, tensors))
     ):
@@ -184,8 +182,9 @@ def _check(
             for name, t in zip(names, tensors, strict=True)
         )
         raise ValueError(
-            "paged_attention wants contiguous q [T, H, D] and pools [blocks, page, KV, D] of one dtype, H a multiple "
-            f"of KV, and int32 query_starts [S + 1], context_lens [S], block_tables [S, B]; got {got}"
+            "paged_attention wants contiguous q [T, H, D] and pools [blocks, page, KV, D] of one dtype (bf16, "
+            "fp16, fp32), H a multiple of KV, and int32 query_starts [S + 1], context_lens [S], block_tables [S, B]; "
+            f"got {got}"
         )
 
 

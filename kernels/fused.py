@@ -99,6 +99,7 @@ def rotary_cache(
     if (
         [tensor.shape for tensor in tensors] != shapes
         or [tensor.dtype for tensor in tensors] != dtypes
+        or qkv.dtype not in library.DTYPES
         or not all(map(torch.Tensor.is_contiguous, tensors))
     ):
         names = ("qkv", "cos", "sin", "k_pool", "v_pool", "slots")
@@ -156,17 +157,20 @@ def act_reference(x: Tensor, kind: str) -> Tensor:
 
 
 def _check_norm(op: str, x: Tensor, weight: Tensor) -> None:
-    if x.dim() != 2 or x.stride(1) != 1 or weight.shape != x.shape[1:] or weight.dtype != torch.float32:
+    dtypes_fit = x.dtype in library.DTYPES and weight.dtype == torch.float32
+    if not dtypes_fit or x.dim() != 2 or x.stride(1) != 1 or weight.shape != x.shape[1:]:
         raise ValueError(
-            f"{op} wants x [M, D] with dense rows and an fp32 weight [D], got x {tuple(x.shape)} "
-            f"with strides {x.stride()} and a weight {tuple(weight.shape)} of {weight.dtype}"
+            f"{op} wants x [M, D] of bf16, fp16 or fp32 with dense rows and an fp32 weight [D], got x "
+            f"{tuple(x.shape)} of {x.dtype} with strides {x.stride()} and a weight {tuple(weight.shape)} "
+            f"of {weight.dtype}"
         )
 
 
 def _check_act(op: str, x: Tensor, kind: str) -> None:
-    if kind not in ACTIVATIONS or not x.is_contiguous():
+    if kind not in ACTIVATIONS or x.dtype not in library.DTYPES or not x.is_contiguous():
         raise ValueError(
-            f"{op} knows {', '.join(ACTIVATIONS)} on contiguous tensors, got {kind!r} with strides {x.stride()}"
+            f"{op} knows {', '.join(ACTIVATIONS)} on contiguous bf16, fp16 and fp32, "
+            f"got {kind!r} on {x.dtype} with strides {x.stride()}"
         )
 
 

@@ -162,6 +162,7 @@ def test_wrong_tensors_are_refused_with_the_numbers():
         (0, q.bfloat16(), "bfloat16"),
         (0, q.transpose(0, 1).contiguous().transpose(0, 1), "contiguous"),
         (2, k_pool[1:], "pools"),
+        (1, k_pool.double(), "float64"),
         (3, starts[:2], r"\(2,\)"),
         (4, contexts.long(), "int64"),
         (5, tables[:1], r"\(1, 2\)"),

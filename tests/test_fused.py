@@ -161,6 +161,8 @@ def test_wrong_tensors_are_refused_with_the_numbers():
     refusals = [
         (lambda: fused.rms_norm(x, weight[:7], EPS), r"\(7,\)"),
         (lambda: fused.rms_norm(x, weight.half(), EPS), "float16"),
+        (lambda: fused.rms_norm(x.double(), weight, EPS), "float64"),
+        (lambda: fused.act(x.double(), "silu"), "float64"),
         (lambda: fused.rms_norm(x.t(), weight[:2], EPS), r"\(1, 8\)"),
         (lambda: fused.add_rms_norm(x, x[:1], weight, EPS), r"\(1, 8\)"),
         (lambda: fused.layer_norm(x, weight, weight.half(), EPS), "float16"),

@@ -164,6 +164,28 @@ def test_a_cast_is_done_once_and_written_down(tmp_path, src):
         assert folder.config["dtype"] == "bfloat16"
 
 
+def test_a_compressed_folder_stops_a_stock_loader(tmp_path, src):
+    """Without us transformers must not fill a packed module with random numbers: it meets the [0]-shaped weight."""
+    with open_folder(run(src, tmp_path / "dense")) as folder, FolderWriter(tmp_path / "out", resume_key="k") as writer:
+        for name in folder.manifest.plain:
+            writer.add_plain(name, folder.tensor(name))
+        for i, unit in enumerate(folder.manifest.units):
+            (name,) = unit.tensors.values()
+            packed = name.replace(".weight", ".packed")
+            entry = replace(unit, format="later", tensors={"packed": packed}) if i == 3 else unit
+            writer.add_unit(entry, {packed if i == 3 else name: folder.tensor(name)})
+        writer.finish(folder.config, {}, {})
+        writer.publish()
+    with open_folder(tmp_path / "out") as folder:
+        assert not folder.manifest.stock
+    with pytest.raises(RuntimeError, match="mismatch"):
+        stock(tmp_path / "out")
+    with pytest.raises(errors.UnknownVersion, match="later version 1"):
+        load(tmp_path / "out", "cpu")
+    with pytest.raises(errors.SourceError, match="pared export"):
+        run(tmp_path / "out", tmp_path / "again")
+
+
 # --- measured -----------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 set_threads()
 
 ROOT = Path(__file__).resolve().parents[1]
-DECIDE_THE_BYTES = ("converters", "kernels/*.py", "compact*.py", "convert*.py", "families.py", "spec.py", "__init__.py")
+DECIDE_THE_BYTES = (
+    "converters",
+    "kernels/*.py",
+    "compact*.py",
+    "durable.py",
+    "convert*.py",
+    "families.py",
+    "spec.py",
+    "__init__.py",
+)
 
 
 def _key(model: Path) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import os
-import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from pared.kernels.native import build, library
+from pared.tests.truth import assert_as_good
 
 NATIVE = library.load()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=f"nothing to test here: {library.why_not()}")
@@ -31,14 +32,6 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def as_good_as(ours: torch.Tensor, torchs: torch.Tensor, truth: torch.Tensor) -> None:
-    """Our error against fp64 truth is not above torch's own error in the same dtype, plus a rounding of fp32."""
-    assert ours.dtype == torchs.dtype and not ours.isnan().any()
-    tiny = 1e-6 * truth.abs().max().item()
-    for measure in (lambda e: e.abs().max().item(), lambda e: e.square().mean().sqrt().item()):
-        assert measure(ours.double() - truth) <= measure(torchs.double() - truth) * 1.02 + tiny
 
 
 SHAPES = [
@@ -62,11 +55,11 @@ def test_linear_is_as_exact_as_torch(level: str, dtype: torch.dtype, m: int, n: 
     x, w, bias = random(m, k, dtype=dtype), random(n, k, dtype=dtype, seed=1), random(n, dtype=dtype, seed=2)
     out = poisoned(m, n, dtype=dtype)
     NATIVE.at(level).linear(x, w, bias, out)
-    as_good_as(out, F.linear(x, w, bias), x.double() @ w.double().T + bias.double())
+    assert_as_good(out, F.linear(x, w, bias), x.double() @ w.double().T + bias.double())
     NATIVE.at(level).linear(x, w, None, out)
-    as_good_as(out, F.linear(x, w), x.double() @ w.double().T)
+    assert_as_good(out, F.linear(x, w), x.double() @ w.double().T)
     NATIVE.at(level).linear(x, w, bias.float(), out)
-    as_good_as(out, F.linear(x, w, bias), x.double() @ w.double().T + bias.double())
+    assert_as_good(out, F.linear(x, w, bias), x.double() @ w.double().T + bias.double())
 
 
 @level
@@ -127,16 +120,16 @@ def test_norms(level: str, dtype: torch.dtype, m: int, d: int) -> None:
     out, total = poisoned(m, d, dtype=dtype), poisoned(m, d, dtype=dtype)
 
     native.rms_norm(x, weight, eps, out)
-    as_good_as(
+    assert_as_good(
         out, F.rms_norm(x.float(), (d,), weight, eps).to(dtype), F.rms_norm(x.double(), (d,), weight.double(), eps)
     )
     native.layer_norm(x.contiguous(), weight, bias, eps, out)
     truth = F.layer_norm(x.double(), (d,), weight.double(), bias.double(), eps)
-    as_good_as(out, F.layer_norm(x.float(), (d,), weight, bias, eps).to(dtype), truth)
+    assert_as_good(out, F.layer_norm(x.float(), (d,), weight, bias, eps).to(dtype), truth)
     native.add_rms_norm(x.contiguous(), residual, weight, eps, out, total)
     assert torch.equal(total, x + residual)
     truth = F.rms_norm(total.double(), (d,), weight.double(), eps)
-    as_good_as(out, F.rms_norm(total.float(), (d,), weight, eps).to(dtype), truth)
+    assert_as_good(out, F.rms_norm(total.float(), (d,), weight, eps).to(dtype), truth)
 
 
 ACTIVATIONS = {
@@ -158,10 +151,10 @@ def test_activations(level: str, dtype: torch.dtype, kind: str, m: int, f: int) 
     wanted = ACTIVATIONS[kind]
     out = poisoned(m, f, dtype=dtype)
     NATIVE.at(level).gated_act(gate_up, kind, out)
-    as_good_as(out, (wanted(gate.float()) * up.float()).to(dtype), wanted(gate) * up)
+    assert_as_good(out, (wanted(gate.float()) * up.float()).to(dtype), wanted(gate) * up)
     x = gate.to(dtype).contiguous()
     NATIVE.at(level).act(x, kind, out)
-    as_good_as(out, wanted(x.float()).to(dtype), wanted(x.double()))
+    assert_as_good(out, wanted(x.float()).to(dtype), wanted(x.double()))
 
 
 @level
@@ -193,7 +186,7 @@ def test_rotary_cache(level: str, dtype: torch.dtype, head_dim: int, rotated: in
 
     parts = qkv.view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
     for ours, part in ((q, parts[0]), (k_pool.flatten(0, 1)[slots], parts[1])):
-        as_good_as(ours, turned(part.float()).to(dtype), turned(part.double()))
+        assert_as_good(ours, turned(part.float()).to(dtype), turned(part.double()))
     assert torch.equal(v_pool.flatten(0, 1)[slots], parts[2])
     assert k_pool.isnan().sum() == v_pool.isnan().sum() == (24 - tokens) * kv_heads * head_dim
 
@@ -225,7 +218,7 @@ def test_paged_attention(
     level: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, page: int, window: int
 ) -> None:
     lengths, contexts = [1, 40, 1, 7, 1], [1, 40, 1100, 90, 65]  # a first token, a prompt, long decode, chunk, decode
-    tables, width = [], max(math.ceil(c / page) for c in contexts)
+    width = max(math.ceil(c / page) for c in contexts)
     order = torch.randperm(len(contexts) * width, generator=torch.Generator().manual_seed(5)).tolist()
     tables = torch.tensor(order, dtype=torch.int32).view(len(contexts), width)
     k_pool, v_pool = (poisoned(len(order), page, kv_heads, head_dim, dtype=dtype) for _ in range(2))
@@ -246,9 +239,136 @@ def test_paged_attention(
     torchs = attention_truth(q.float(), [t.float() for t in k], [t.float() for t in v], lengths, scale, window).to(
         dtype
     )
-    as_good_as(out, torchs, truth)
+    assert_as_good(out, torchs, truth)
 
     one = poisoned(1, heads, head_dim, dtype=dtype)  # the long decode without its company: the same bits
     alone = torch.tensor([0, 1], dtype=torch.int32)
     NATIVE.at(level).paged_attention(q[41:42], k_pool, v_pool, alone, lens[2:3], tables[2:3], scale, window, one)
     assert torch.equal(one[0], out[41])
+
+
+# --- finding and building ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, with nothing beside the sources."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("PARED_CACHE", str(folder))
+    monkeypatch.setattr(library, "BESIDE_THE_SOURCES", tmp_path / "nothing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder into which two processes built the library at the same time."""
+    folder = tmp_path_factory.mktemp("built")
+    code = f"from pared.kernels.native import build; print(build.compile_library({str(folder)!r}))"
+    command = [sys.executable, "-P", "-c", code]
+    builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [builder.communicate()[0].strip() for builder in builders] == [str(folder / build.file_name())] * 2
+    return folder
+
+
+@pytest.fixture
+def quick_compiler(built: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """$CXX is a script that gives out the built library for everything, and notes each call in the file returned."""
+    script, calls = tmp_path / "quick", tmp_path / "calls"
+    library_file = built / build.file_name()
+    script.write_text(f'#!/bin/sh\necho called >> "{calls}"\nfor last; do :; done\ncp "{library_file}" "$last"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    return calls
+
+
+def works(native: library.Library | None) -> bool:
+    out = poisoned(1, 1, dtype=torch.float32)
+    assert native is not None
+    native.linear(torch.full((1, 8), 2.0), torch.ones(1, 8), None, out)
+    return out.item() == 16
+
+
+def test_two_processes_build_one_library_and_leave_nothing_else(built: Path) -> None:
+    library_file = built / build.file_name()
+    assert list(built.iterdir()) == [library_file]
+    assert build.intact(library_file)
+    assert works(library.Library(library_file))
+    assert library.Library(library_file).levels() == LEVELS
+
+
+def test_built_once_then_found(quick_compiler: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert works(library.find_or_build()[0])
+    assert [path.name for path in cache.iterdir()] == [build.file_name()]
+    quick_compiler.unlink()
+    assert works(library.find_or_build()[0])
+    monkeypatch.setattr(library, "BESIDE_THE_SOURCES", cache)
+    monkeypatch.setenv("PARED_CACHE", "/nowhere")
+    assert works(library.find_or_build()[0])
+    assert not quick_compiler.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "sealed nonsense"])
+def test_a_damaged_library_is_built_again(quick_compiler: Path, built: Path, cache: Path, damage: str) -> None:
+    whole = (built / build.file_name()).read_bytes()
+    nonsense = b"no library at all"
+    middle = len(whole) // 2
+    content = {
+        "cut": whole[:middle],
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "empty": b"",
+        "sealed nonsense": nonsense + hashlib.sha256(nonsense).digest(),
+    }[damage]
+    cache.mkdir()
+    (cache / build.file_name()).write_bytes(content)
+    assert works(library.find_or_build()[0])
+    assert quick_compiler.exists()
+    assert build.intact(cache / build.file_name())
+
+
+def test_a_cache_that_cannot_be_written(quick_compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("a file where the cache's parent should be")
+    monkeypatch.setenv("PARED_CACHE", str(tmp_path / "file" / "cache"))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    native, reason = library.find_or_build()
+    assert works(native)
+    assert reason == ""
+    assert list(temporary.iterdir()) == []  # loaded, and its file is gone
+
+
+def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    native, reason = library.find_or_build()
+    assert native is None
+    assert "g++" in reason
+    assert "set CXX" in reason
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("command, said", [("no-such-compiler -x", "no-such-compiler"), ("false", "ended with 1")])
+def test_a_compiler_that_fails(cache: Path, monkeypatch: pytest.MonkeyPatch, command: str, said: str) -> None:
+    monkeypatch.setenv("CXX", command)
+    native, reason = library.find_or_build()
+    assert native is None
+    assert said in reason
+    assert list(cache.iterdir()) == []
+
+
+def test_the_name_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for source in (*build.SOURCES.glob("*.cpp"), *build.SOURCES.glob("*.h")):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    here = build.file_name()
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    assert build.file_name() == here
+    with (tmp_path / "linear.h").open("a") as file:
+        file.write("// one more line\n")
+    assert build.file_name() != here
+
+
+def test_a_level_that_this_cpu_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = NATIVE.at("scalar")
+    monkeypatch.setattr(held, "_best", 0)
+    with pytest.raises(ValueError, match="runs up to scalar, not avx2"):
+        held.at("avx2")

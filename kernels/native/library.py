@@ -22,6 +22,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 KINDS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
+BESIDE_THE_SOURCES = build.SOURCES  # where setup.py leaves the library
+
 _INT, _I64, _F32, _PTR = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _RUN = (_INT, _INT, _INT)  # level, dtype, threads
 _SIGNATURES = {
@@ -37,8 +39,15 @@ _SIGNATURES = {
     "pared_paged_attention": (*_RUN, *[_PTR] * 7, *[_I64] * 7, _F32),
 }
 
-# Rows up to which the native linear is at least as fast as F.linear, from bench/cpu_linear.py.
-_LINEAR_ROWS = {torch.float32: 4, torch.bfloat16: 4, torch.float16: 4}
+# Rows up to which the native linear beat F.linear in bench/cpu_linear.py, where oneDNN was held to the same
+# instruction set. fp16 on an AMX machine has oneDNN's fp16 arithmetic against it; the scalar level never won.
+_LINEAR_ROWS = {
+    "scalar": {torch.bfloat16: 0, torch.float16: 0, torch.float32: 0},
+    "avx2": {torch.bfloat16: 8, torch.float16: 8, torch.float32: 8},
+    "avx512": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32},
+    "avx512_bf16": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32},
+    "amx": {torch.bfloat16: 64, torch.float16: 4, torch.float32: 32},
+}
 
 
 class Library:
@@ -72,7 +81,7 @@ class Library:
 
     def linear_rows(self, dtype: torch.dtype) -> int:
         """The largest M for which `linear` is the path of choice; F.linear is above it."""
-        return _LINEAR_ROWS[dtype]
+        return _LINEAR_ROWS[self.level][dtype]
 
     def linear(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """out [M, N] = x [M, K] @ w [N, K]^T + bias [N]; x, w, out of one dtype, bias of that or fp32.
@@ -201,8 +210,13 @@ def why_not() -> str:
 
 @functools.cache
 def _outcome() -> tuple[Library | None, str]:
+    return find_or_build()
+
+
+def find_or_build() -> tuple[Library | None, str]:
+    """The library beside the sources, then the cached one, then a new one; or None and the reason. Raises nothing."""
     name = build.file_name()
-    for folder in (build.SOURCES, cache_folder()):
+    for folder in (BESIDE_THE_SOURCES, cache_folder()):
         found = _open(folder / name)
         if found:
             return found, ""

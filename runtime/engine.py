@@ -181,7 +181,7 @@ class EngineCore:
 
     def _accept(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         finish, stop = None, None
-        if sequence.may_stop and token in sequence.stop_ids:
+        if token in sequence.stop_ids:  # the sampler gives none before min_tokens
             finish, stop = "stop", token if token in sequence.params.stop_token_ids else None
         sequence.tokens.append(token)
         self._output_tokens += 1

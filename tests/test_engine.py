@@ -14,6 +14,7 @@ from pared.runtime import llm as llm_module
 from pared.runtime.llm import LLM, context_length
 from pared.runtime.memory import cache_blocks, free_bytes
 from pared.runtime.params import SamplingParams
+from pared.runtime.text import REPLACEMENT
 from pared.spec import Rope
 from pared.tests.mock_model import EOS, VOCAB, LetterTokenizer, MockModel, MockSpec, expected, make_core, run, tokens_of
 
@@ -273,6 +274,21 @@ def test_stop_strings_and_minimum(llm: LLM) -> None:
     assert cut_at_token.text == text[: text.index(stop)]
     assert cut_at_token.token_ids == LetterTokenizer().encode(text[: text.index(stop) + 1])
     assert cut_at_token.stop_reason == cut.stop_token_ids[0]
+
+
+def test_half_a_character_at_the_end_is_told(llm: LLM) -> None:
+    answer = expected(LetterTokenizer().encode("half"), 64, ENDLESS)
+    last = next(i for i in range(2, 20) if answer[i] not in answer[:i])
+
+    class Half(LetterTokenizer):
+        def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+            text = super().decode(ids, skip_special_tokens)
+            return text[:-1] + REPLACEMENT if ids[-1:] == [answer[last]] else text
+
+    llm.tokenizer = Half()
+    deltas = list(llm.stream("half", SamplingParams(max_tokens=last + 1, ignore_eos=True)))
+    assert "".join(delta.text for delta in deltas) == Half().decode(answer[: last + 1])
+    assert deltas[-1].text == REPLACEMENT
 
 
 def test_choices_with_a_seed_differ_and_repeat(llm: LLM) -> None:

@@ -139,6 +139,14 @@ def filtered(logits: list, temperature: float, top_k: int = 0, top_p: float = 1.
     return [weights[token] / total if token in kept else 0.0 for token in range(len(logits))]
 
 
+def test_a_row_without_top_p_keeps_its_whole_tail() -> None:
+    """Also where the probabilities before it already round to 1, and a batch mate has its own cut."""
+    logits = torch.linspace(0, -90, V).expand(2, -1)
+    kept = sampler._keep_top(logits, [SamplingParams(), SamplingParams(top_k=3, top_p=0.9)])
+    assert torch.equal(kept[0], logits[0])
+    assert kept[1].isfinite().sum() == 2
+
+
 def test_a_mixed_batch_gives_each_row_its_own_rules() -> None:
     logits = logits_of(11, 4)
     best = logits.argmax(-1).tolist()

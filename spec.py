@@ -184,7 +184,7 @@ class Spec:
         Checkpoints of the bare backbone lack the leading module. A tied head stored a second time is
         named like the embedding: whoever reads both must find them equal.
         """
-        if re.search(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$", name):
+        if re.search(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|(^|\.)decoder\.version)$", name):
             return None
         if self.tied and name == f"{self.names.head}.weight":
             return f"{self.names.embed}.weight"

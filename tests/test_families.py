@@ -135,5 +135,6 @@ def test_buffers_are_no_weights() -> None:
     assert families.read(GPT2).canonical("h.0.attn.bias") is None
     assert families.read(GPT2).canonical("h.0.attn.masked_bias") is None
     assert families.read(GPT2).canonical("h.0.attn.c_attn.bias") == "transformer.h.0.attn.c_attn.bias"
+    assert families.read(OPT).canonical("model.decoder.version") is None
     assert families.read(OPT).canonical("decoder.layers.0.fc1.bias") == "model.decoder.layers.0.fc1.bias"
     assert families.read(OPT).canonical("lm_head.weight") == "model.decoder.embed_tokens.weight"

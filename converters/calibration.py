@@ -1,0 +1,124 @@
+"""What a model sees of real text: token windows, and a walk through its layers that collects statistics.
+
+The walk keeps the hidden states of all windows and runs one layer at a time, so a method holds the
+statistics of the layers at hand and never those of the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import SourceError
+from ..spec import Spec
+
+
+def windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int) -> torch.Tensor:
+    """`count` windows of `length` tokens, int64 [count, length], drawn without replacement from the joined texts.
+
+    Texts are joined by blank lines, cut into consecutive windows, the tail dropped. Raises SourceError when
+    there is too little text.
+    """
+    tokens = tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    available = len(tokens) // length
+    if available < count:
+        raise SourceError(
+            f"the calibration text holds {available} windows of {length} tokens, {count} were asked for;"
+            f" give more text, or fewer or shorter windows"
+        )
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    return tokens[: available * length].view(available, length)[order]
+
+
+@dataclass
+class _Stop(Exception):
+    """Carries the first layer's arguments out of a forward pass that has no need to go on."""
+
+    hidden: torch.Tensor
+
+
+class LayerWalk:
+    """A transformers decoder, run layer by layer over windows [W, T]; `hidden[b]` is the input of the next layer."""
+
+    def __init__(self, model: PreTrainedModel, spec: Spec, tokens: torch.Tensor, batch: int = 8) -> None:
+        self.model, self.spec = model, spec
+        self.layers = [model.get_submodule(spec.path(i, "").rstrip(".")) for i in range(len(spec.layers))]
+        self.batches = list(tokens.split(batch))
+        self._arguments: dict[tuple[int, int], dict[str, Any]] = {}
+        self.hidden = [self._first_input(batch) for batch in self.batches]
+
+    @torch.no_grad()
+    def run(self, i: int) -> None:
+        """Take the hidden states of all windows through layer i."""
+        for b, hidden in enumerate(self.hidden):
+            out = self.layers[i](hidden, **self._arguments_of(i, hidden.shape[0]))
+            self.hidden[b] = out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def _first_input(self, batch: torch.Tensor) -> torch.Tensor:
+        def stop(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            raise _Stop(args[0] if args else kwargs["hidden_states"])
+
+        with contextlib.closing(_Hooks(self.layers[0].register_forward_pre_hook(stop, with_kwargs=True))):
+            try:
+                self.model(input_ids=batch, use_cache=False)
+            except _Stop as caught:
+                return caught.hidden
+        raise RuntimeError("the first layer was never reached")
+
+    def _arguments_of(self, i: int, rows: int) -> dict[str, Any]:
+        """What layer i receives beside its hidden states: masks and rotary tables, the same for every batch of a size."""
+        if (i, rows) not in self._arguments:
+            self._catch_arguments(next(batch for batch in self.batches if batch.shape[0] == rows))
+        return self._arguments[i, rows]
+
+    @torch.no_grad()
+    def _catch_arguments(self, batch: torch.Tensor) -> None:
+        handles = []
+        for i, layer in enumerate(self.layers):
+
+            def keep(_module: nn.Module, _args: tuple, kwargs: dict, i: int = i) -> None:
+                kept = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
+                self._arguments[i, batch.shape[0]] = kept
+
+            handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
+        with contextlib.closing(_Hooks(*handles)):
+            self.model(input_ids=batch, use_cache=False)
+
+
+class _Hooks:
+    """Hook handles that are removed together."""
+
+    def __init__(self, *handles: Any) -> None:
+        self._handles = handles
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def gram_of_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, sums X^T X over all rows X [tokens, K] that reach each module: name -> fp64 [K, K].
+
+    Products are fp32, as in the reference of Basis Sharing; sums are fp64.
+    """
+    grams: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def add(_module: nn.Module, args: tuple) -> None:
+            x = args[0].detach().flatten(0, -2).float()
+            product = (x.t() @ x).double()
+            grams[name] = grams[name].add_(product) if name in grams else product
+
+        return add
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    with contextlib.closing(_Hooks(*handles)):
+        yield grams

@@ -19,7 +19,9 @@ from ..errors import SourceError
 from ..spec import Spec
 
 
-def windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int) -> torch.Tensor:
+def windows(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int
+) -> torch.Tensor:
     """`count` windows of `length` tokens, int64 [count, length], drawn without replacement from the joined texts.
 
     Texts are joined by blank lines, cut into consecutive windows, the tail dropped. Raises SourceError when

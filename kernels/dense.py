@@ -76,23 +76,21 @@ def reference(x: torch.Tensor, packed: Packed, path: str) -> torch.Tensor:
     return y.to(x.dtype)
 
 
-def stack(packs: list[Packed]) -> Packed | None:
-    """One unit whose outputs are those of `packs` in order; None when input, dtype, bias or layout differ."""
-    kinds = {(_weight(p).shape[1], _weight(p).dtype, "bias" in p.tensors, _transposed(p)) for p in packs}
-    if len(kinds) != 1:
-        return None
-    modules = {path: shape for p in packs for path, shape in p.modules.items()}
-    tensors = {"weight": torch.cat([p.tensors["weight"] for p in packs], dim=1 if _transposed(packs[0]) else 0)}
-    if "bias" in packs[0].tensors:
-        tensors["bias"] = torch.cat([p.tensors["bias"] for p in packs])
-    return Packed(NAME, VERSION, modules, tensors, packs[0].params)
-
-
 def prepare(packed: Packed, device: torch.device | str) -> Prepared:
     """weight [N, K] and bias [N] or None on `device`; nothing is copied that already lies right."""
     weight, bias = _weight(packed).to(device).contiguous(), packed.tensors.get("bias")
     widths = tuple(n for n, _ in packed.modules.values())
     return Prepared(NAME, {next(iter(packed.modules)): widths}, (weight, None if bias is None else bias.to(device)))
+
+
+def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
+    """One weight for all outputs of `parts` in order, copied; None when input, dtype or bias differ."""
+    weights, biases = zip(*(prepared.tensors for prepared, _ in parts), strict=True)
+    if len({(w.shape[1], w.dtype, b is not None) for w, b in zip(weights, biases, strict=True)}) != 1:
+        return None
+    widths = tuple(n for prepared, path in parts for n in prepared.outputs[path])
+    bias = None if biases[0] is None else torch.cat(biases)
+    return Prepared(NAME, {parts[0][1]: widths}, (torch.cat(weights), bias))
 
 
 def apply(x: torch.Tensor, prepared: Prepared, path: str) -> torch.Tensor:

@@ -10,9 +10,9 @@ A format file reads in one order: byte layout, encode and decode, reference, lau
     decode(packed) -> Unit              the unit again, bit for bit
     reference(x, packed, path) -> y     plain torch, fp32 accumulation: the definition of right.
                                         x [M, K] -> y [M, N] of module `path`, in x.dtype
-    stack(packs) -> Packed | None       one unit for several with the same input (q|k|v, gate|up),
-                                        outputs concatenated, `modules` in that order; None if they differ
-    prepare(packed, device) -> Prepared laid out for the device; `outputs[first path]` = the widths
+    prepare(packed, device) -> Prepared laid out for the device; `outputs` has each path that `apply` takes
+    stack(parts) -> Prepared | None     [(prepared, path), ...] that read the same input (q|k|v, gate|up) as one,
+                                        under the first path, outputs side by side; None where they differ
     apply(x, prepared, path) -> y       x [M, K] -> y [M, sum(prepared.outputs[path])] in x.dtype, bias
                                         included; behind a torch.library op with a fake; chooses its
                                         kernel by named thresholds on M
@@ -30,9 +30,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import dense
+from . import dense, shared_basis
 
-FORMATS: tuple[ModuleType, ...] = (dense,)
+FORMATS: tuple[ModuleType, ...] = (dense, shared_basis)
 
 
 def by_name(name: str) -> ModuleType:

@@ -23,6 +23,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import ops
+from .dense import GPU_ROWS
+from .dispatch import fallback, interpreting
+from .native import library
 from .unit import Packed, Prepared, Traffic, Unit
 
 NAME = "shared_basis"
@@ -202,7 +206,9 @@ def _shapes(modules: dict[str, tuple[int, int]], rank: int) -> dict[str, tuple[i
 
 def _distinct(pivots: torch.Tensor, rank: int, inputs: int) -> bool:
     chosen = set(pivots.tolist())
-    return pivots.dtype == torch.int32 and pivots.shape == (rank,) and len(chosen) == rank and chosen <= set(range(inputs))
+    return (
+        pivots.dtype == torch.int32 and pivots.shape == (rank,) and len(chosen) == rank and chosen <= set(range(inputs))
+    )
 
 
 def _permutation(swaps: torch.Tensor, count: int) -> torch.Tensor:
@@ -254,3 +260,37 @@ def _torch_path(x: torch.Tensor, order: list, basis: list, coefficients: list, b
             z = torch.addmm(gathered[:, : b.shape[0]], gathered[:, b.shape[0] :], b.t())
         outputs.append(F.linear(z, c, shift))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _basis_linear_cpu(x: torch.Tensor, order: list, basis: list, coefficients: list, bias: list) -> torch.Tensor:
+    _check(x, order, basis, coefficients)
+    native = library.load()
+    if native is None:
+        fallback("basis_linear", library.why_not())
+    elif x.shape[0] <= native.linear_rows(x.dtype):
+        y = x.new_empty(x.shape[0], sum(c.shape[0] for c in coefficients))
+        native.basis_linear(x, order, basis, coefficients, bias, y)
+        return y
+    return _torch_path(x, order, basis, coefficients, bias)
+
+
+def _basis_linear_gpu(x: torch.Tensor, order: list, basis: list, coefficients: list, bias: list) -> torch.Tensor:
+    _check(x, order, basis, coefficients)
+    kernels = ops.triton_kernels("basis")
+    if kernels is None:
+        fallback("basis_linear", "Triton is not installed")
+    elif x.shape[0] <= GPU_ROWS[x.dtype] or interpreting():
+        return kernels.basis_linear(x, order, basis, coefficients, bias)
+    return _torch_path(x, order, basis, coefficients, bias)
+
+
+def _basis_linear_fake(x: torch.Tensor, order: list, basis: list, coefficients: list, bias: list) -> torch.Tensor:
+    return x.new_empty(x.shape[0], sum(c.shape[0] for c in coefficients))
+
+
+_BASIS_LINEAR = ops.register(
+    "basis_linear(Tensor x, Tensor?[] order, Tensor[] basis, Tensor[] coefficients, Tensor?[] bias) -> Tensor",
+    cpu=_basis_linear_cpu,
+    gpu=_basis_linear_gpu,
+    fake=_basis_linear_fake,
+)

@@ -98,7 +98,7 @@ class _Loading:
     device: torch.device
     dtype: torch.dtype | None
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    _prepared: dict[tuple[str, ...], Prepared] = field(default_factory=dict)
+    _prepared: dict[str, Prepared] = field(default_factory=dict)
     _units: dict[str, UnitEntry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -141,24 +141,23 @@ class _Loading:
 
     def _projection(self, paths: list[str]) -> Projection:
         """Stack the units behind these modules if their format can; else run them one after the other."""
-        stacked = self._prepare(paths)
-        if stacked:
-            return Projection(((stacked, paths[0]),))
-        return Projection(tuple((prepared, path) for path in paths if (prepared := self._prepare([path]))))
+        parts = [(self._prepare(path), path) for path in paths]
+        if len(parts) > 1 and len({prepared.format for prepared, _ in parts}) == 1:
+            stacked = formats.by_name(parts[0][0].format).stack(parts)
+            if stacked:
+                return Projection(((stacked, paths[0]),))
+        return Projection(tuple(parts))
 
-    def _prepare(self, paths: list[str]) -> Prepared | None:
-        entries = [self._units[path] for path in paths]
-        key = tuple(next(iter(entry.modules)) for entry in entries)
-        if key not in self._prepared:
-            if len({entry.format for entry in entries}) > 1:
-                return None
-            module = formats.by_name(entries[0].format)
-            packs = [self._packed(entry) for entry in entries]
-            packed = packs[0] if len(packs) == 1 else module.stack(packs)
-            if packed is None:
-                return None
-            self._prepared[key] = module.prepare(packed, self.device)
-        return self._prepared[key]
+    def _prepare(self, path: str) -> Prepared:
+        """The unit that serves this module, laid out for the device; kept only while other layers will ask for it."""
+        entry = self._units[path]
+        key = next(iter(entry.modules))
+        if key in self._prepared:
+            return self._prepared[key]
+        prepared = formats.by_name(entry.format).prepare(self._packed(entry), self.device)
+        if len(entry.modules) > 1:
+            self._prepared[key] = prepared
+        return prepared
 
     def _packed(self, entry: UnitEntry) -> Packed:
         tensors = {role: self._tensor(name) for role, name in entry.tensors.items()}

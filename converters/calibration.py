@@ -75,7 +75,7 @@ class LayerWalk:
         raise RuntimeError("the first layer was never reached")
 
     def _arguments_of(self, i: int, rows: int) -> dict[str, Any]:
-        """What layer i receives beside its hidden states: masks and rotary tables, the same for every batch of a size."""
+        """What layer i receives beside its hidden states: masks and rotary tables, alike for batches of a size."""
         if (i, rows) not in self._arguments:
             self._catch_arguments(next(batch for batch in self.batches if batch.shape[0] == rows))
         return self._arguments[i, rows]

@@ -36,7 +36,7 @@ GPU_ROWS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 16}
 
 
 def fits(unit: Unit) -> str | None:
-    """None when the unit is a linear layer (one or more outputs of one input), else what keeps it out."""
+    """None when the unit is one linear module, else what keeps it out."""
     weight, bias = unit.tensors.get("weight"), unit.tensors.get("bias")
     others = sorted(unit.tensors.keys() - {"weight", "bias"})
     if weight is None or others:
@@ -44,11 +44,11 @@ def fits(unit: Unit) -> str | None:
     dtypes = {tensor.dtype for tensor in unit.tensors.values()}
     if len(dtypes) > 1 or weight.dtype not in DTYPES:
         return f"dense takes one dtype of bfloat16, float16 and float32, the unit has {sorted(map(str, dtypes))}"
-    outputs = sum(n for n, _ in unit.modules.values())
-    if any(tuple(weight.shape) != (outputs, k) for _, k in unit.modules.values()):
+    shapes = list(unit.modules.values())
+    if shapes != [tuple(weight.shape)]:
         return f"the weight is {tuple(weight.shape)}, the modules are {unit.modules}"
-    if bias is not None and tuple(bias.shape) != (outputs,):
-        return f"the bias is {tuple(bias.shape)}, the outputs are {outputs}"
+    if bias is not None and tuple(bias.shape) != weight.shape[:1]:
+        return f"the bias is {tuple(bias.shape)}, the outputs are {weight.shape[0]}"
     return None
 
 
@@ -70,17 +70,17 @@ def decode(packed: Packed) -> Unit:
 
 def reference(x: torch.Tensor, packed: Packed, path: str) -> torch.Tensor:
     """x [M, K] -> y [M, N] of module `path` in x.dtype: one fp32 matmul, one rounding."""
-    y = x.float() @ _outputs(packed, path, _weight(packed)).float().t()
+    y = x.float() @ _weight(packed).float().t()
     if "bias" in packed.tensors:
-        y += _outputs(packed, path, packed.tensors["bias"]).float()
+        y += packed.tensors["bias"].float()
     return y.to(x.dtype)
 
 
 def prepare(packed: Packed, device: torch.device | str) -> Prepared:
     """weight [N, K] and bias [N] or None on `device`; nothing is copied that already lies right."""
     weight, bias = _weight(packed).to(device).contiguous(), packed.tensors.get("bias")
-    widths = tuple(n for n, _ in packed.modules.values())
-    return Prepared(NAME, {next(iter(packed.modules)): widths}, (weight, None if bias is None else bias.to(device)))
+    outputs = {path: (n,) for path, (n, _) in packed.modules.items()}
+    return Prepared(NAME, outputs, (weight, None if bias is None else bias.to(device)))
 
 
 def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
@@ -94,7 +94,7 @@ def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
 
 
 def apply(x: torch.Tensor, prepared: Prepared, path: str) -> torch.Tensor:
-    """x [M, K] contiguous -> y [M, N] for all outputs of the unit; `path` is the unit's first."""
+    """x [M, K] contiguous -> y [M, N], or all outputs that were stacked under `path`, side by side."""
     return _LINEAR(x, *prepared.tensors)
 
 
@@ -103,11 +103,11 @@ def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
     n, k = packed.modules[path]
     if dim not in (0, 1) or not 0 <= start < stop <= (n, k)[dim]:
         raise ValueError(f"{path} is [{n}, {k}]: dim {dim} has no [{start}, {stop})")
-    weight = _outputs(packed, path, _weight(packed)).narrow(dim, start, stop - start)
+    weight = _weight(packed).narrow(dim, start, stop - start)
     tensors = {"weight": (weight.t() if _transposed(packed) else weight).contiguous()}
     if "bias" in packed.tensors and (dim == 0 or start == 0):
-        bias = _outputs(packed, path, packed.tensors["bias"])
-        tensors["bias"] = (bias[start:stop] if dim == 0 else bias).contiguous()
+        bias = packed.tensors["bias"]
+        tensors["bias"] = bias[start:stop].contiguous() if dim == 0 else bias
     return Packed(NAME, VERSION, {path: (weight.shape[0], weight.shape[1])}, tensors, packed.params)
 
 
@@ -118,18 +118,17 @@ def traffic(packed: Packed, m: int) -> Traffic:
 
 
 def cases() -> list[Unit]:
-    """One output, one input, ragged edges, fused outputs, a bias, every dtype."""
+    """One output, one input, ragged edges, a bias, every dtype."""
     generator = torch.Generator().manual_seed(0)
 
-    def unit(outputs: tuple[int, ...], k: int, dtype: torch.dtype, bias: bool) -> Unit:
-        n = sum(outputs)
+    def unit(n: int, k: int, dtype: torch.dtype) -> Unit:
         tensors = {"weight": (torch.randn(n, k, generator=generator) * k**-0.5).to(dtype)}
-        if bias:
+        if k != 64:
             tensors["bias"] = torch.randn(n, generator=generator).to(dtype)
-        return Unit({f"m{i}": (width, k) for i, width in enumerate(outputs)}, tensors)
+        return Unit({"m": (n, k)}, tensors)
 
-    shapes = [((1,), 1), ((33,), 7), ((1,), 64), ((64, 16, 16), 96), ((130,), 257)]
-    return [unit(outputs, k, dtype, bias=k != 64) for outputs, k in shapes for dtype in DTYPES]
+    shapes = [(1, 1), (33, 7), (1, 64), (96, 96), (130, 257)]
+    return [unit(n, k, dtype) for n, k in shapes for dtype in DTYPES]
 
 
 def _transposed(packed: Packed) -> bool:
@@ -139,14 +138,6 @@ def _transposed(packed: Packed) -> bool:
 def _weight(packed: Packed) -> torch.Tensor:
     """The stored weight as [N, K], a view."""
     return packed.tensors["weight"].t() if _transposed(packed) else packed.tensors["weight"]
-
-
-def _outputs(packed: Packed, path: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The rows of `tensor` [sum of N, ...] that belong to module `path`, a view."""
-    if path not in packed.modules:
-        raise KeyError(f"{path} is not in this unit; it has {list(packed.modules)}")
-    widths = [n for n, _ in packed.modules.values()]
-    return tensor.split(widths)[list(packed.modules).index(path)]
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -36,7 +36,7 @@ class WeightSpy(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in (*args, *(kwargs or {}).values()):
+        for tensor in _tensors((*args, *(kwargs or {}).values())):
             if id(tensor) in self._weights:
                 self.read[func.name()] += (result if func in _GATHERS else tensor).nbytes
         return result
@@ -66,10 +66,10 @@ def _one_token(decoder: Decoder) -> tuple[Batch, KVCache]:
 
 
 def _tensors(node: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a tree of dataclasses and tuples."""
+    """Every tensor in a tree of dataclasses, tuples and lists."""
     if isinstance(node, torch.Tensor):
         yield node
-    elif isinstance(node, tuple):
+    elif isinstance(node, (tuple, list)):
         for part in node:
             yield from _tensors(part)
     elif is_dataclass(node):

@@ -45,27 +45,28 @@ def test_golden_bytes():
 def test_the_transposed_layout_multiplies_alike(rows):
     units = [unit_of(5, 7, bias=True, name="a"), unit_of(6, 7, bias=True, name="b")]
     packs = [dense.encode(unit, transposed=True) for unit in units]
-    stacked = dense.stack(packs)
+    stacked = dense.stack([(dense.prepare(packed, "cpu"), path) for packed, path in zip(packs, "ab", strict=True)])
     assert stacked is not None
-    assert stacked.tensors["weight"].shape == (7, 11)
+    assert stacked.outputs == {"a": (5, 6)}
     x = torch.randn(rows, 7)
     with poisoned():
-        y = dense.apply(x, dense.prepare(stacked, "cpu"), "a")
+        y = dense.apply(x, stacked, "a")
     own = torch.cat([torch.nn.functional.linear(x, u.tensors["weight"], u.tensors["bias"]) for u in units], dim=1)
     truth = torch.cat(
         [x.double() @ u.tensors["weight"].double().t() + u.tensors["bias"].double() for u in units], dim=1
     )
     assert_as_good(y, own, truth)
-    shard = dense.slice(stacked, "b", 1, 2, 7)
+    shard = dense.slice(packs[1], "b", 1, 2, 7)
     assert shard.tensors.keys() == {"weight"}
     assert torch.equal(dense.decode(shard).tensors["weight"], units[1].tensors["weight"][:, 2:])
 
 
 def test_stack_refuses_what_differs():
-    base = dense.encode(unit_of(4, 8))
-    for other in (unit_of(4, 7), unit_of(4, 8, torch.bfloat16), unit_of(4, 8, bias=True)):
-        assert dense.stack([base, dense.encode(other)]) is None
-    assert dense.stack([base, dense.encode(unit_of(4, 8), transposed=True)]) is None
+    base, *others = (
+        dense.prepare(dense.encode(unit), "cpu")
+        for unit in (unit_of(4, 8), unit_of(4, 7), unit_of(4, 8, torch.bfloat16), unit_of(4, 8, bias=True))
+    )
+    assert all(dense.stack([(base, "m"), (other, "m")]) is None for other in others)
 
 
 def test_prepare_copies_nothing_that_lies_right():

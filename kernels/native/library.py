@@ -103,6 +103,36 @@ class Library:
             k,
         )
 
+    def basis_linear(
+        self,
+        x: torch.Tensor,
+        order: list[torch.Tensor | None],
+        basis: list[torch.Tensor],
+        coefficients: list[torch.Tensor],
+        bias: list[torch.Tensor | None],
+        out: torch.Tensor,
+    ) -> None:
+        """out [M, sum N]: for each part, coefficients [N, R] @ z + bias [N], side by side.
+
+        z [M, R] = basis [R, K] @ x, or with order int32 [K]: x[order[:R]] + basis [R, K - R] @ x[order[R:]],
+        rounded to x's dtype.
+        """
+        done = 0
+        for o, b, c, shift in zip(order, basis, coefficients, bias, strict=True):
+            r = b.shape[0]
+            source = x if o is None else x.index_select(1, o[r:]).contiguous()
+            z = x.new_empty(x.shape[0], r)
+            if source.shape[1]:
+                self.linear(source, b, None, z)
+            else:
+                z.zero_()
+            if o is not None:
+                z += x.index_select(1, o[:r])
+            y = x.new_empty(x.shape[0], c.shape[0])
+            self.linear(z, c, shift, y)
+            out[:, done : done + c.shape[0]] = y
+            done += c.shape[0]
+
     def read(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Read every byte of x as fast as the machine allows: the bench's ceiling. out: int64 [1], a checksum."""
         self._calls.pared_read(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -11,11 +10,12 @@ from tqdm import tqdm
 from .. import families
 from ..compact import UnitEntry
 from ..compact_writer import FolderWriter
-from ..errors import BadWeights, LeftoverTensors, MissingTensors, SourceError, WrongShape
+from ..errors import BadWeights, SourceError
 from ..kernels import dense, formats
 from ..kernels.unit import Packed, Unit
 from ..spec import Linear, Spec
 from .sources.source import Source
+from .stream import Stream
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,65 +33,24 @@ def pack(
     whichever fits and reads the fewest bytes for one row. Raises BadWeights, MissingTensors,
     LeftoverTensors, WrongShape, or SourceError for a dtype that pared does not run.
     """
-    packing = _Packing(families.read(source.config), writer, format)
-    with tqdm(total=len(packing.shapes), desc="packing", unit="tensor", disable=not progress) as bar:
-        for name, tensor in packing.named(source):
+    spec = families.read(source.config)
+    packing, stream = _Packing(spec, writer, format), Stream(source, spec, writer.holds)
+    with tqdm(total=len(stream.shapes), desc="packing", unit="tensor", disable=not progress) as bar:
+        for name, tensor in stream.named():
             packing.add(name, _checked(name, tensor, dtype))
             bar.update()
         bar.update(bar.total - bar.n)
-    packing.close(source)
+    stream.close()
 
 
 class _Packing:
-    """The state of one pass over a source: units that wait for their other tensors, names already met."""
+    """The state of one pass over a source: units that wait for their other tensors."""
 
     def __init__(self, spec: Spec, writer: FolderWriter, format: str | None) -> None:
         self.spec, self.writer, self.format = spec, writer, format
-        self.shapes = _disk_shapes(spec)
         self._linears = spec.linears()
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
-        self._met: set[str] = set()
         self._embed = f"{spec.names.embed}.weight"
-        self._embedding: torch.Tensor | None = None
-
-    def named(self, source: Source) -> Iterator[tuple[str, torch.Tensor]]:
-        """The stream under this model's names, each of the right shape, each once."""
-        for name, tensor in source.tensors(self._skip):
-            ours = self.spec.canonical(name)
-            if ours is None:
-                continue
-            if ours not in self.shapes:
-                raise LeftoverTensors(f"{source.path} holds {name}, which its config.json has no place for")
-            if tuple(tensor.shape) != self.shapes[ours]:
-                raise WrongShape(
-                    f"{name} in {source.path} is {list(tensor.shape)}, its config.json says {list(self.shapes[ours])}"
-                )
-            if self._is_new(name, ours, tensor):
-                yield ours, tensor
-
-    def _skip(self, name: str) -> bool:
-        """True for what an earlier run wrote. A tied embedding is read again, to compare its second copy."""
-        ours = self.spec.canonical(name)
-        if ours is None or (ours == self._embed and self.spec.tied):
-            return False
-        if not self.writer.holds(ours if ours in self.spec.plain() else ours.rpartition(".")[0]):
-            return False
-        self._met.add(ours)
-        return True
-
-    def _is_new(self, name: str, ours: str, tensor: torch.Tensor) -> bool:
-        """False for the second copy of a tied head, which must be the embedding once more."""
-        if ours in self._met:
-            if self._embedding is None or not torch.equal(tensor, self._embedding):
-                raise SourceError(
-                    f"{name} stands for {ours} a second time and differs; "
-                    "if the head is not tied, set tie_word_embeddings to false in config.json"
-                )
-            return False
-        self._met.add(ours)
-        if ours == self._embed and self.spec.tied:
-            self._embedding = tensor
-        return True
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write a plain tensor, or a unit as soon as it is complete."""
@@ -122,22 +81,6 @@ class _Packing:
         names = {role: f"{linear.path}.{role}" for role in packed.tensors}
         entry = UnitEntry(packed.format, packed.version, packed.modules, names, packed.params)
         self.writer.add_unit(entry, {names[role]: tensor for role, tensor in packed.tensors.items()})
-
-    def close(self, source: Source) -> None:
-        """Hold what was met against what the model needs."""
-        if missing := sorted(self.shapes.keys() - self._met):
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise MissingTensors(f"{source.path} holds no {missing[0]}{more}, which its config.json asks for")
-
-
-def _disk_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint of this model, by name."""
-    shapes = dict(spec.plain())
-    for path, linear in spec.linears().items():
-        shapes[f"{path}.weight"] = (linear.k, linear.n) if linear.transposed else (linear.n, linear.k)
-        if linear.bias:
-            shapes[f"{path}.bias"] = (linear.n,)
-    return shapes
 
 
 def _encode(unit: Unit, name: str | None, transposed: bool) -> Packed:

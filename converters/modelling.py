@@ -1,0 +1,98 @@
+"""A source as a transformers model in memory, and the module that a compressed linear becomes in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .. import families
+from ..kernels.shared_basis import BIAS, COEFFICIENTS
+from ..kernels.unit import Unit
+from ..spec import Spec
+from .sources.source import Source
+from .stream import Stream
+
+Paths = tuple[str, ...]
+
+
+class BasisLinear(nn.Module):
+    """y = C (B x) + bias: a linear [N, K] as `coefficients` [N, R] over a `basis` [R, K] that others may share.
+
+    Sharing is identity: the members of a group hold one and the same basis Parameter.
+    """
+
+    def __init__(self, basis: nn.Parameter, coefficients: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.basis = basis
+        self.coefficients = nn.Parameter(coefficients, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.basis), self.coefficients, self.bias)
+
+
+def instantiate(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a checkpoint, in evaluation mode, frozen. dtype: default is that of the stored embedding.
+
+    Everything is held against the config, as when a folder is packed; code of the checkpoint never runs.
+    """
+    spec = families.read(source.config)
+    stream = Stream(source, spec)
+    state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in stream.named()}
+    stream.close()
+    return from_state(source.config, state)
+
+
+def from_state(config: dict[str, Any], state: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A transformers model of this config around the tensors of `state`, in the dtype of its embedding."""
+    spec = families.read(config)
+    dtype = state[f"{spec.names.embed}.weight"].dtype
+    made = AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(made, dtype=dtype)
+    model = type(empty).from_pretrained(None, config=made, state_dict=state, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def replace_linear(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where the model has the module `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def weight_of(model: nn.Module, path: str, transposed: bool) -> torch.Tensor:
+    """The weight [N, K] of a dense linear module, whichever way the family stores it."""
+    weight = model.get_submodule(path).weight.detach()
+    return weight.t() if transposed else weight
+
+
+def units(model: nn.Module) -> dict[Paths, Unit]:
+    """The BasisLinear modules of a model as units, by the paths of each group, in the model's order."""
+    found: dict[int, list[tuple[str, BasisLinear]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, BasisLinear):
+            found.setdefault(id(module.basis), []).append((path, module))
+    return {tuple(path for path, _ in members): _unit(members) for members in found.values()}
+
+
+def _unit(members: Iterable[tuple[str, BasisLinear]]) -> Unit:
+    modules: dict[str, tuple[int, int]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for path, module in members:
+        tensors["basis"] = module.basis.detach()
+        tensors[COEFFICIENTS + path] = module.coefficients.detach()
+        if module.bias is not None:
+            tensors[BIAS + path] = module.bias.detach()
+        modules[path] = (module.coefficients.shape[0], module.basis.shape[1])
+    return Unit(modules, tensors)
+
+
+def linear_paths(spec: Spec) -> list[str]:
+    """The paths of the linears inside the blocks, in the order of the forward pass."""
+    prefix = spec.names.layer.split("{i}")[0]
+    return [path for path in spec.linears() if path.startswith(prefix)]

@@ -1,0 +1,82 @@
+"""The tensors of a source under this model's names: each known, of the right shape, once, and none missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..errors import LeftoverTensors, MissingTensors, SourceError, WrongShape
+from ..spec import Spec
+from .sources.source import Source
+
+
+class Stream:
+    """One pass over a source. `shapes`: every tensor of a checkpoint of this model, by name.
+
+    finished(name): True for what need not be read again, by the name of the plain tensor or module path.
+    """
+
+    def __init__(self, source: Source, spec: Spec, finished: Callable[[str], bool] = lambda _: False) -> None:
+        self.source, self.spec = source, spec
+        self.shapes = disk_shapes(spec)
+        self._finished = finished
+        self._met: set[str] = set()
+        self._embed = f"{spec.names.embed}.weight"
+        self._embedding: torch.Tensor | None = None
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors in the source's order. Raises LeftoverTensors, WrongShape, SourceError."""
+        for name, tensor in self.source.tensors(self._skip):
+            ours = self.spec.canonical(name)
+            if ours is None:
+                continue
+            if ours not in self.shapes:
+                raise LeftoverTensors(f"{self.source.path} holds {name}, which its config.json has no place for")
+            if tuple(tensor.shape) != self.shapes[ours]:
+                raise WrongShape(
+                    f"{name} in {self.source.path} is {list(tensor.shape)}, "
+                    f"its config.json says {list(self.shapes[ours])}"
+                )
+            if self._is_new(name, ours, tensor):
+                yield ours, tensor
+
+    def close(self) -> None:
+        """Hold what was met against what the model needs. Raises MissingTensors."""
+        if missing := sorted(self.shapes.keys() - self._met):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise MissingTensors(f"{self.source.path} holds no {missing[0]}{more}, which its config.json asks for")
+
+    def _skip(self, name: str) -> bool:
+        """True for what an earlier run wrote. A tied embedding is read again, to compare its second copy."""
+        ours = self.spec.canonical(name)
+        if ours is None or (ours == self._embed and self.spec.tied):
+            return False
+        if not self._finished(ours if ours in self.spec.plain() else ours.rpartition(".")[0]):
+            return False
+        self._met.add(ours)
+        return True
+
+    def _is_new(self, name: str, ours: str, tensor: torch.Tensor) -> bool:
+        """False for the second copy of a tied head, which must be the embedding once more."""
+        if ours in self._met:
+            if self._embedding is None or not torch.equal(tensor, self._embedding):
+                raise SourceError(
+                    f"{name} stands for {ours} a second time and differs; "
+                    "if the head is not tied, set tie_word_embeddings to false in config.json"
+                )
+            return False
+        self._met.add(ours)
+        if ours == self._embed and self.spec.tied:
+            self._embedding = tensor
+        return True
+
+
+def disk_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint of this model, by name."""
+    shapes = dict(spec.plain())
+    for path, linear in spec.linears().items():
+        shapes[f"{path}.weight"] = (linear.k, linear.n) if linear.transposed else (linear.n, linear.k)
+        if linear.bias:
+            shapes[f"{path}.bias"] = (linear.n,)
+    return shapes

@@ -62,6 +62,10 @@ class UnitEntry:
     tensors: dict[str, str]
     params: dict[str, Any] = field(default_factory=dict)
 
+    def has_bias(self, path: str) -> bool:
+        """Whether the module's bias is among the tensors: under `bias`, or `bias.<path>` where modules share a unit."""
+        return "bias" in self.tensors or f"bias.{path}" in self.tensors
+
     @classmethod
     def parse(cls, entry: dict[str, Any]) -> UnitEntry:
         """From JSON."""
@@ -189,6 +193,12 @@ class Folder:
             raise MissingTensors(f"{self.path} lacks {_list(lacking)} that its manifest names; {_AGAIN}")
         if extra := self._where.keys() - named:
             raise LeftoverTensors(f"{self.path} holds {_list(extra)} that its manifest does not use; {_AGAIN}")
+        for name in self.manifest.tombstones():
+            if tensors[name].shape != (0,):
+                raise WrongShape(
+                    f"{name} in {self.path} is {list(tensors[name].shape)}; beside compressed weights it must be [0], "
+                    f"so that a loader which does not know them stops; {_AGAIN}"
+                )
         for name, expected in tensors.items():
             stored = self._shards[self._where[name]].get_slice(name)
             found = TensorEntry(stored.get_dtype(), tuple(stored.get_shape()))

@@ -44,7 +44,11 @@ class WeightSpy(TorchDispatchMode):
 
 def decode_traffic(path: str | Path, dtype: torch.dtype | None = None) -> Counter[str]:
     """Bytes of weights that decoding one token of the folder's model reads, by op; the values add up to all."""
-    decoder = load(path, device="meta", dtype=dtype)
+    return step_traffic(load(path, device="meta", dtype=dtype))
+
+
+def step_traffic(decoder: Decoder) -> Counter[str]:
+    """The same of a decoder on the meta device."""
     spy = WeightSpy(list(_tensors(decoder.weights)))
     with spy:
         decoder(*_one_token(decoder))

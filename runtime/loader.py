@@ -50,7 +50,8 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 def _account(folder: Folder, spec: Spec) -> None:
     """Hold the manifest against the model: every linear served once in its shape, every plain tensor there."""
-    wanted = {path: (linear.n, linear.k) for path, linear in spec.linears().items()}
+    linears = spec.linears()
+    wanted = {path: (linear.n, linear.k) for path, linear in linears.items()}
     if spec.tied:
         wanted[spec.names.head] = (spec.vocab, spec.embed_dim)
     served: dict[str, tuple[int, int]] = {}
@@ -60,6 +61,9 @@ def _account(folder: Folder, spec: Spec) -> None:
             if module in served:
                 raise WrongShape(f"{folder.path}: module {module} is served by two units of the manifest")
             served[module] = shape
+            if entry.has_bias(module) != (module in linears and linears[module].bias):
+                state = "has a bias, which this model does not have" if entry.has_bias(module) else "lacks its bias"
+                raise WrongShape(f"{folder.path}: {module} {state}")
     _compare(folder.path, "module", wanted, served)
     _compare(folder.path, "tensor", spec.plain(), folder.manifest.plain_shapes)
 
@@ -72,6 +76,17 @@ def _check_format(path: Path, entry: UnitEntry) -> None:
             f"{path}: {next(iter(entry.modules))} is stored as {entry.format} version {entry.version}, this pared reads"
             f" {known}; install a newer pared"
         )
+
+
+def _check_unit(folder: Folder, entry: UnitEntry) -> None:
+    stored = {role: folder.tensor(name) for role, name in entry.tensors.items()}
+    module = formats.by_name(entry.format)
+    try:
+        reason = module.fits(module.decode(Packed(entry.format, entry.version, entry.modules, stored, entry.params)))
+    except KeyError as missing:
+        reason = f"it has no {missing}"
+    if reason:
+        raise WrongShape(f"{folder.path}: {next(iter(entry.modules))} is no whole {entry.format} unit: {reason}")
 
 
 def _compare(path: Path, kind: str, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
@@ -160,6 +175,8 @@ class _Loading:
         return prepared
 
     def _packed(self, entry: UnitEntry) -> Packed:
+        """The unit on the device, once its stored tensors have been found to make the matrices that it promises."""
+        _check_unit(self.folder, entry)
         tensors = {role: self._tensor(name) for role, name in entry.tensors.items()}
         return Packed(entry.format, entry.version, entry.modules, tensors, entry.params)
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import SourceError
-from . import huggingface
+from . import basis_sharing, huggingface, lora, svd_llm
 from .source import Source
+
+FACTORED = (basis_sharing, svd_llm)
+"""Layouts of compressed checkpoints in Hugging Face folders, told by their tensors: model_type stays the stock one."""
 
 
 def open_source(path: str | Path) -> Source:
-    """Open a Hugging Face folder or a GGUF file. Raises SourceError saying what is wrong and what to do."""
+    """Open a Hugging Face folder (a published layout of a method, an adapter on either) or a GGUF file.
+
+    Raises SourceError saying what is wrong and what to do.
+    """
     path = Path(path)
     if path.is_dir():
-        return huggingface.open_source(path)
+        return _folder(path)
     if not path.exists():
         raise SourceError(f"{path} does not exist; give a folder with config.json and weights, or a .gguf file")
     with path.open("rb") as file:
@@ -25,3 +31,12 @@ def open_source(path: str | Path) -> Source:
     raise SourceError(
         f"{path} is a file but not GGUF; give the folder that holds config.json and the weights, or a .gguf file"
     )
+
+
+def _folder(path: Path) -> Source:
+    plain = lora.open_source(path) if lora.is_adapter(path) else huggingface.open_source(path)
+    names = plain.names()
+    for layout in FACTORED:
+        if layout.recognises(names):
+            return layout.open_source(plain, names)
+    return plain

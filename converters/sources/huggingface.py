@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from ...errors import SourceError
 from .source import Skip, Source
 
+CONFIG = "config.json"
+
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -55,24 +57,27 @@ def open_source(path: Path) -> Source:
 
     def tensors(skip: Skip) -> Iterator[tuple[str, torch.Tensor]]:
         for shard in shards:
-            yield from (_safetensors if shard.suffix == ".safetensors" else _pickled)(shard, skip)
+            yield from read(shard, skip)
 
     return Source(path, "huggingface", config, files, tensors, _fingerprint(path, config, shards))
 
 
+def read(shard: Path, skip: Skip) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of one file, mapped where it can be. Raises SourceError naming the file."""
+    return (_safetensors if shard.suffix == ".safetensors" else _pickled)(shard, skip)
+
+
 def _config(path: Path) -> dict[str, Any]:
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise SourceError(f"{path} is an adapter; merge it into its base model and save that first")
-    if not (path / "config.json").is_file():
-        raise SourceError(f"{path} holds no config.json; give the folder of a Hugging Face model, or a .gguf file")
-    config = _json(path / "config.json")
+    if not (path / CONFIG).is_file():
+        raise SourceError(f"{path} holds no {CONFIG}; give the folder of a Hugging Face model, or a .gguf file")
+    config = read_json(path / CONFIG)
     config.pop("pared", None)  # a dense compact folder is an ordinary checkpoint too
     if (config.get("quantization_config") or {}).get("quant_method") == "pared":
         raise SourceError(f"{path} is a compressed compact folder already; `pared export` makes a checkpoint of it")
     return config
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as wrong:
@@ -91,7 +96,7 @@ def _shards(path: Path) -> list[Path]:
         raise SourceError(f"{path} holds none of {', '.join(WEIGHTS)}{seen}; is the download complete?")
     if found.suffix != ".json":
         return [found]
-    places = _json(found).get("weight_map")
+    places = read_json(found).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise SourceError(f"{found} has no weight_map from tensor names to files; download it again")
     shards = [path / name for name in sorted(set(places.values()))]

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ...kernels.unit import Unit
+
 Skip = Callable[[str], bool]
 
 
@@ -19,6 +21,7 @@ class Source:
     config: the Hugging Face config.json. files: name -> content, or path, of what goes along (tokenizer,
     generation_config.json, licence). tensors(skip): (Hugging Face name, tensor) in a fixed order, at most
     one shard in memory; what `skip(name)` refuses is not read. fingerprint: changes when the source does.
+    units(): modules that are compressed already, each whole, in the order of their first layer; `tensors` lacks them.
     """
 
     path: Path
@@ -27,3 +30,16 @@ class Source:
     files: dict[str, bytes | Path]
     tensors: Callable[[Skip], Iterator[tuple[str, torch.Tensor]]]
     fingerprint: str
+    units: Callable[[], Iterator[Unit]] | None = None
+
+    def names(self) -> list[str]:
+        """The names of all tensors; none is read."""
+        found: list[str] = []
+
+        def refuse(name: str) -> bool:
+            found.append(name)
+            return True
+
+        for _ in self.tensors(refuse):
+            pass
+        return found

@@ -221,9 +221,10 @@ def _permutation(swaps: torch.Tensor, count: int) -> torch.Tensor:
 
 def _order(pivots: torch.Tensor, inputs: int) -> torch.Tensor:
     """pivots, then every other column in ascending order: int64 [inputs]."""
-    chosen = torch.zeros(inputs, dtype=torch.bool, device=pivots.device)
-    chosen[pivots.long()] = True
-    return torch.cat([pivots.long(), (~chosen).nonzero()[:, 0]])
+    chosen = torch.zeros(inputs, dtype=torch.int8, device=pivots.device)
+    chosen[pivots.long()] = 1
+    rest = chosen.argsort(stable=True)[: inputs - len(pivots)]  # has a shape on meta tensors too, unlike nonzero
+    return torch.cat([pivots.long(), rest])
 
 
 def _parts(prepared: Prepared, path: str) -> list[tuple[torch.Tensor | None, ...]]:

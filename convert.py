@@ -94,19 +94,21 @@ def _export_tensors(folder: Folder, writer: FolderWriter, progress: bool) -> Non
         if not writer.holds(name):
             writer.add_plain(name, folder.tensor(name))
     for unit in tqdm(own, "exporting", unit="unit", disable=not progress):
-        path = next(iter(unit.modules))
-        if not writer.holds(path):
-            weights = _decode(folder, unit)
-            if linears[path].transposed:
-                weights["weight"] = weights["weight"].t()
-            entry = UnitEntry(dense.NAME, dense.VERSION, unit.modules, {role: f"{path}.{role}" for role in weights})
-            writer.add_unit(entry, {f"{path}.{role}": tensor for role, tensor in weights.items()})
+        tensors = {role: folder.tensor(name) for role, name in unit.tensors.items()}
+        packed = Packed(unit.format, unit.version, unit.modules, tensors, unit.params)
+        for path, shape in unit.modules.items():
+            if not writer.holds(path):
+                weights = _dense(packed, path, linears[path].transposed)
+                names = {role: f"{path}.{role}" for role in weights}
+                entry = UnitEntry(dense.NAME, dense.VERSION, {path: shape}, names)
+                writer.add_unit(entry, {names[role]: tensor for role, tensor in weights.items()})
 
 
-def _decode(folder: Folder, unit: UnitEntry) -> dict[str, torch.Tensor]:
-    tensors = {role: folder.tensor(name) for role, name in unit.tensors.items()}
-    packed = Packed(unit.format, unit.version, unit.modules, tensors, unit.params)
-    return dict(formats.by_name(unit.format).decode(packed).tensors)
+def _dense(packed: Packed, path: str, transposed: bool) -> dict[str, torch.Tensor]:
+    """The tensors of one module as a stock checkpoint has them, in the dtype that the folder stores."""
+    weight = formats.by_name(packed.format).weight(packed, path)
+    bias = packed.tensors.get("bias", packed.tensors.get(f"bias.{path}"))
+    return {"weight": weight.t() if transposed else weight} | ({} if bias is None else {"bias": bias})
 
 
 def _holds_weights(name: str) -> bool:

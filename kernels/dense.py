@@ -68,6 +68,11 @@ def decode(packed: Packed) -> Unit:
     return Unit(dict(packed.modules), {**packed.tensors, "weight": _weight(packed).contiguous()})
 
 
+def weight(packed: Packed, path: str) -> torch.Tensor:
+    """The matrix [N, K] that module `path` multiplies by."""
+    return _weight(packed)
+
+
 def reference(x: torch.Tensor, packed: Packed, path: str) -> torch.Tensor:
     """x [M, K] -> y [M, N] of module `path` in x.dtype: one fp32 matmul, one rounding."""
     y = x.float() @ _weight(packed).float().t()

@@ -8,6 +8,7 @@ A format file reads in one order: byte layout, encode and decode, reference, lau
     fits(unit) -> str | None            None, or one sentence that says why this unit does not fit
     encode(unit, **params) -> Packed    pure; the smallest exact form
     decode(packed) -> Unit              the unit again, bit for bit
+    weight(packed, path) -> W           the matrix [N, K] of module `path`, dense, in the stored dtype
     reference(x, packed, path) -> y     plain torch, fp32 accumulation: the definition of right.
                                         x [M, K] -> y [M, N] of module `path`, in x.dtype
     prepare(packed, device) -> Prepared laid out for the device; `outputs` has each path that `apply` takes

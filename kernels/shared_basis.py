@@ -100,7 +100,7 @@ def pivot(unit: Unit, scale: torch.Tensor) -> Unit:
 
 
 def weight(packed: Packed, path: str) -> torch.Tensor:
-    """The matrix [N, K] that module `path` multiplies by, fp32."""
+    """The matrix [N, K] that module `path` multiplies by: the fp32 product in the stored dtype."""
     t = packed.tensors
     basis = t["basis"].float()
     if "pivots" in t:
@@ -109,7 +109,7 @@ def weight(packed: Packed, path: str) -> torch.Tensor:
         full = basis.new_zeros(rank, inputs)
         full[:, order] = torch.cat([torch.eye(rank, device=basis.device), basis], dim=1)
         basis = full
-    return t[COEFFICIENTS + path].float() @ basis
+    return (t[COEFFICIENTS + path].float() @ basis).to(t["basis"].dtype)
 
 
 def reference(x: torch.Tensor, packed: Packed, path: str) -> torch.Tensor:

@@ -32,9 +32,20 @@ def load(path: str | Path, device: str | torch.device | None = None, dtype: torc
     """
     target = pick_device(device)
     with open_folder(path) as folder:
-        spec = families.read(folder.config)
-        _account(folder, spec)
+        spec = check(folder)
         return Decoder(spec, _Loading(folder, spec, target, dtype).weights())
+
+
+def check(folder: Folder) -> Spec:
+    """Hold an open folder against its model, and every unit against what it promises. Returns the model's spec.
+
+    Raises MissingTensors, WrongShape, UnknownVersion, or UnsupportedModel.
+    """
+    spec = families.read(folder.config)
+    _account(folder, spec)
+    for entry in folder.manifest.units:
+        _check_unit(folder, entry)
+    return spec
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -175,8 +186,6 @@ class _Loading:
         return prepared
 
     def _packed(self, entry: UnitEntry) -> Packed:
-        """The unit on the device, once its stored tensors have been found to make the matrices that it promises."""
-        _check_unit(self.folder, entry)
         tensors = {role: self._tensor(name) for role, name in entry.tensors.items()}
         return Packed(entry.format, entry.version, entry.modules, tensors, entry.params)
 

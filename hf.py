@@ -1,0 +1,186 @@
+"""The transformers door: importing this module lets `AutoModelForCausalLM.from_pretrained` load compressed folders.
+
+    import pared.hf
+    model = AutoModelForCausalLM.from_pretrained("OUT")
+
+transformers reads the shards; the linears of compressed units become modules that multiply by pared's
+kernels. Nothing is unpacked, and a basis that several layers share stays one tensor. Without the import
+transformers stops at the [0]-shaped weights of such a folder; folders that are dense need neither.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .compact import STOCK_FORMAT, Manifest, UnitEntry, open_folder
+from .errors import FolderError, KernelError, MissingTensors
+from .kernels import formats
+from .kernels.unit import Packed, Prepared
+from .runtime.loader import check
+
+METHOD = "pared"
+
+
+class ParedConfig(QuantizationConfigMixin):
+    """The manifest of a compact folder, under the name by which transformers finds the quantizer."""
+
+    def __init__(self, **manifest: Any) -> None:
+        self.__dict__.update(manifest)
+        self.quant_method = METHOD
+
+
+class ParedQuantizer(HfQuantizer):
+    """Puts `PackedLinear` modules into a model that is still on the meta device; transformers then loads as usual."""
+
+    requires_calibration = True  # only folders that pared has written: nothing is compressed on the fly
+    is_trainable = False
+    is_compileable = True
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Raises FolderError: a folder's manifest vouches for its files, so they are copied and not written again."""
+        raise FolderError(
+            "save_pretrained cannot write a compressed folder; copy the folder that the model was loaded from, "
+            "or `pared export` it to a dense one"
+        )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        manifest = Manifest.parse(self.quantization_config.to_dict())
+        if checkpoint_files:
+            with open_folder(Path(checkpoint_files[0]).parent) as folder:
+                check(folder)
+        for entry in manifest.units:
+            if entry.format != STOCK_FORMAT:
+                _install(model, entry, manifest)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.unit.check_devices()
+        return model.requires_grad_(False)  # the kernels have no backward pass
+
+
+class SharedUnit:
+    """A unit whose tensors lie in modules of the model, laid out for its device when it is first used.
+
+    places: role -> (the module that owns the tensor, its attribute there).
+    """
+
+    def __init__(self, entry: UnitEntry, places: dict[str, tuple[nn.Module, str]]) -> None:
+        self.entry, self.places = entry, places
+        self._prepared: Prepared | None = None
+
+    def apply(self, x: torch.Tensor, path: str) -> torch.Tensor:
+        """x [M, K] contiguous -> [M, N] of module `path`."""
+        if self._prepared is None:
+            tensors = self._tensors()
+            packed = Packed(self.entry.format, self.entry.version, self.entry.modules, tensors, self.entry.params)
+            device = next(iter(tensors.values())).device
+            self._prepared = formats.by_name(self.entry.format).prepare(packed, device)
+        return formats.by_name(self.entry.format).apply(x, self._prepared, path)
+
+    def forget(self) -> None:
+        """The tensors have changed or moved: lay them out again at the next use."""
+        self._prepared = None
+
+    def check_devices(self) -> None:
+        """Raises KernelError where a device map has put the unit's tensors on several devices, or offloaded them."""
+        devices = {str(tensor.device) for tensor in self._tensors().values()}
+        if len(devices) > 1 or devices == {"meta"}:
+            raise KernelError(
+                f"the unit of {next(iter(self.entry.modules))} lies on {', '.join(sorted(devices))}: layers that share "
+                'weights must be on one device; load with device_map={"": 0} or without a device_map'
+            )
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {role: getattr(module, name).detach() for role, (module, name) in self.places.items()}
+
+
+class PackedLinear(nn.Module):
+    """A linear [N, K] of a compressed unit. `weight` is the [0]-shaped one at which other loaders stop."""
+
+    def __init__(self, path: str, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.path, self.out_features, self.in_features = path, outputs, inputs
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.unit: SharedUnit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N]"""
+        y = self.unit.apply(x.reshape(-1, self.in_features).contiguous(), self.path)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def hold(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Make the place into which transformers will load the stored tensor."""
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+        if dtype.is_floating_point:
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        else:
+            self.register_buffer(name, empty)
+
+    def extra_repr(self) -> str:
+        return f"{self.unit.entry.format}, in_features={self.in_features}, out_features={self.out_features}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        super()._apply(fn, recurse)
+        self.unit.forget()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.unit.forget()
+
+
+_DTYPES = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
+
+
+def _install(model: PreTrainedModel, entry: UnitEntry, manifest: Manifest) -> None:
+    """Replace the modules that the unit serves. A backbone without its head has no module for the head's unit."""
+    known = dict(model.named_modules())
+    inside = {path: _inside(model, path) for path in entry.modules}
+    if missing := [path for path, name in inside.items() if name not in known]:
+        if len(missing) == len(inside) and model.get_output_embeddings() is None and not _in_block(missing[0]):
+            return
+        raise MissingTensors(f"the model that transformers built has no module {missing[0]}, which the folder serves")
+    made = {path: PackedLinear(path, n, k) for path, (n, k) in entry.modules.items()}
+    places: dict[str, tuple[nn.Module, str]] = {}
+    for role, tensor in entry.tensors.items():
+        path, _, name = tensor.rpartition(".")
+        stored = manifest.tensors[tensor]
+        made[path].hold(name, stored.shape, _DTYPES.get(stored.dtype, torch.get_default_dtype()))
+        places[role] = made[path], name
+    unit = SharedUnit(entry, places)
+    for path, module in made.items():
+        module.unit = unit
+        model.set_submodule(inside[path], module)
+
+
+def _inside(model: PreTrainedModel, path: str) -> str:
+    """The module's path in this model: a backbone loaded alone lacks the leading part."""
+    prefix = f"{model.base_model_prefix}."
+    return path.removeprefix(prefix) if model.base_model is model else path
+
+
+def _in_block(path: str) -> bool:
+    return any(part.isdigit() for part in path.split("."))
+
+
+def _register() -> None:
+    """Once per process, however often this file is imported or reloaded: transformers refuses a second time."""
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(ParedConfig)
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(METHOD)(ParedQuantizer)
+
+
+_register()

@@ -7,16 +7,50 @@ statistics of the layers at hand and never those of the whole model.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import SourceError
 from ..spec import Spec
+from .sources.source import Source
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A text, and the tokenizer of the model that it calibrates. name, sha256: of the text, for the provenance."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    name: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def windows(self, count: int, length: int, seed: int) -> torch.Tensor:
+        """`count` windows of `length` tokens, int64 [count, length]. Raises SourceError where the text is too short."""
+        return windows(self.tokenizer, [self.text], count, length, seed)
+
+
+def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer among a source's files. Raises SourceError when there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in source.files.items():
+            (Path(folder) / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        (Path(folder) / "config.json").write_text(json.dumps(source.config))
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as wrong:
+            raise SourceError(f"{source.path} holds no tokenizer to read the calibration text with ({wrong})") from None
 
 
 def windows(
@@ -27,7 +61,7 @@ def windows(
     Texts are joined by blank lines, cut into consecutive windows, the tail dropped. Raises SourceError when
     there is too little text.
     """
-    tokens = tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    tokens = tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
     available = len(tokens) // length
     if available < count:
         raise SourceError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from .. import families
 from ..kernels.shared_basis import BIAS, COEFFICIENTS
 from ..kernels.unit import Unit
-from ..spec import Spec
-from .sources.source import Source
+from .sources.source import Skip, Source
 from .stream import Stream
 
 Paths = tuple[str, ...]
@@ -23,11 +23,19 @@ Paths = tuple[str, ...]
 class BasisLinear(nn.Module):
     """y = C (B x) + bias: a linear [N, K] as `coefficients` [N, R] over a `basis` [R, K] that others may share.
 
-    Sharing is identity: the members of a group hold one and the same basis Parameter.
+    Sharing is identity: the members of a group hold one and the same basis Parameter. scale: [K], the RMS of each
+    input in calibration, where it is known.
     """
 
-    def __init__(self, basis: nn.Parameter, coefficients: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        basis: nn.Parameter,
+        coefficients: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self.scale = scale
         self.basis = basis
         self.coefficients = nn.Parameter(coefficients, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -72,7 +80,10 @@ def weight_of(model: nn.Module, path: str, transposed: bool) -> torch.Tensor:
 
 
 def units(model: nn.Module) -> dict[Paths, Unit]:
-    """The BasisLinear modules of a model as units, by the paths of each group, in the model's order."""
+    """The BasisLinear modules of a model as units, by the paths of each group, in the model's order.
+
+    Beside the roles of shared_basis a unit may have `scale`, which helps to lay it out and is not stored.
+    """
     found: dict[int, list[tuple[str, BasisLinear]]] = {}
     for path, module in model.named_modules():
         if isinstance(module, BasisLinear):
@@ -86,13 +97,21 @@ def _unit(members: Iterable[tuple[str, BasisLinear]]) -> Unit:
     for path, module in members:
         tensors["basis"] = module.basis.detach()
         tensors[COEFFICIENTS + path] = module.coefficients.detach()
+        if module.scale is not None:
+            tensors["scale"] = module.scale
         if module.bias is not None:
             tensors[BIAS + path] = module.bias.detach()
         modules[path] = (module.coefficients.shape[0], module.basis.shape[1])
     return Unit(modules, tensors)
 
 
-def linear_paths(spec: Spec) -> list[str]:
-    """The paths of the linears inside the blocks, in the order of the forward pass."""
-    prefix = spec.names.layer.split("{i}")[0]
-    return [path for path in spec.linears() if path.startswith(prefix)]
+def as_source(model: PreTrainedModel, source: Source) -> Source:
+    """The model as a source: its dense weights as a stream, its compressed ones as units; the rest is `source`'s."""
+    compressed = {path for paths in units(model) for path in paths}
+
+    def tensors(skip: Skip) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[0] not in compressed and not skip(name):
+                yield name, parameter.detach()
+
+    return replace(source, tensors=tensors, units=lambda: iter(units(model).values()))

@@ -1,8 +1,6 @@
-"""From a stream of tensors to a compact folder: name, check, cast, group into units, choose formats, write."""
+"""From a source to a compact folder: check, cast, group into units, lay them out, write."""
 
 from __future__ import annotations
-
-from types import ModuleType
 
 import torch
 from tqdm import tqdm
@@ -14,6 +12,7 @@ from ..errors import BadWeights, SourceError
 from ..kernels import dense, formats
 from ..kernels.unit import Packed, Unit
 from ..spec import Linear, Spec
+from .layout import encode_group, encode_linear
 from .sources.source import Source
 from .stream import Stream
 
@@ -30,12 +29,18 @@ def pack(
     """Write every weight of `source`; `writer` skips what an interrupted run has finished.
 
     dtype: cast floating weights; default keeps each as it is. format: for every linear module; default is
-    whichever fits and reads the fewest bytes for one row. Raises BadWeights, MissingTensors,
-    LeftoverTensors, WrongShape, or SourceError for a dtype that pared does not run.
+    whichever fits and reads the fewest bytes for one row. Where units come compressed, it is for them, and for the
+    dense ones that it fits. Raises BadWeights, MissingTensors, LeftoverTensors, WrongShape, or SourceError for a
+    dtype that pared does not run.
     """
     spec = families.read(source.config)
-    packing, stream = _Packing(spec, writer, format), Stream(source, spec, writer.holds)
+    packing = _Packing(spec, writer, dtype, format, mixed=source.units is not None)
+    stream = Stream(source, spec, writer.holds)
     with tqdm(total=len(stream.shapes), desc="packing", unit="tensor", disable=not progress) as bar:
+        for unit in source.units() if source.units else ():
+            stream.serve(unit)
+            packing.add_group(unit)
+            bar.update(len(unit.modules))
         for name, tensor in stream.named():
             packing.add(name, _checked(name, tensor, dtype))
             bar.update()
@@ -44,16 +49,18 @@ def pack(
 
 
 class _Packing:
-    """The state of one pass over a source: units that wait for their other tensors."""
+    """The state of one pass over a source: linears that wait for their other tensors."""
 
-    def __init__(self, spec: Spec, writer: FolderWriter, format: str | None) -> None:
-        self.spec, self.writer, self.format = spec, writer, format
+    def __init__(
+        self, spec: Spec, writer: FolderWriter, dtype: torch.dtype | None, format: str | None, mixed: bool
+    ) -> None:
+        self.spec, self.writer, self.dtype, self.format, self.mixed = spec, writer, dtype, format, mixed
         self._linears = spec.linears()
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._embed = f"{spec.names.embed}.weight"
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a plain tensor, or a unit as soon as it is complete."""
+        """Write a plain tensor, or a linear as soon as it is complete."""
         path, _, role = name.rpartition(".")
         linear = self._linears.get(path)
         if linear is None:
@@ -62,7 +69,19 @@ class _Packing:
         waiting = self._waiting.setdefault(path, {})
         waiting[role] = tensor
         if len(waiting) == 1 + linear.bias:
-            self._add_unit(linear, self._waiting.pop(path))
+            self._add_linear(linear, self._waiting.pop(path))
+
+    def add_group(self, unit: Unit) -> None:
+        """Write a compressed unit, unless it is there."""
+        if all(self.writer.holds(path) for path in unit.modules):
+            return
+        for role, tensor in unit.tensors.items():
+            if tensor.is_floating_point():
+                _checked(f"{next(iter(unit.modules))}.{role}", tensor, self.dtype)
+        dtype = self.dtype or unit.tensors["basis"].dtype
+        for packed in encode_group(unit, dtype, self.format, self.spec.transposed):
+            if not self.writer.holds(next(iter(packed.modules))):
+                self._write(packed)
 
     def _add_plain(self, name: str, tensor: torch.Tensor) -> None:
         if self.writer.holds(name):
@@ -74,30 +93,22 @@ class _Packing:
                 UnitEntry(dense.NAME, dense.VERSION, {self.spec.names.head: shape}, {"weight": name}), {}
             )
 
-    def _add_unit(self, linear: Linear, tensors: dict[str, torch.Tensor]) -> None:
+    def _add_linear(self, linear: Linear, tensors: dict[str, torch.Tensor]) -> None:
         weight = tensors["weight"].t() if linear.transposed else tensors["weight"]
         unit = Unit({linear.path: (linear.n, linear.k)}, {**tensors, "weight": weight})
-        packed = _encode(unit, self.format, linear.transposed)
-        names = {role: f"{linear.path}.{role}" for role in packed.tensors}
+        fits = self.format and (not self.mixed or formats.by_name(self.format).fits(unit) is None)
+        self._write(encode_linear(unit, self.format if fits else None, linear.transposed))
+
+    def _write(self, packed: Packed) -> None:
+        names = {role: _disk_name(next(iter(packed.modules)), role) for role in packed.tensors}
         entry = UnitEntry(packed.format, packed.version, packed.modules, names, packed.params)
         self.writer.add_unit(entry, {names[role]: tensor for role, tensor in packed.tensors.items()})
 
 
-def _encode(unit: Unit, name: str | None, transposed: bool) -> Packed:
-    """In the named format, or in the fitting one that reads the fewest bytes; the first wins a tie."""
-    candidates = (formats.by_name(name),) if name else formats.FORMATS
-    reasons = {module.NAME: module.fits(unit) for module in candidates}
-    fitting = [module for module in candidates if reasons[module.NAME] is None]
-    if not fitting:
-        why = "; ".join(f"{format}: {reason}" for format, reason in reasons.items())
-        raise SourceError(f"{next(iter(unit.modules))} fits no format ({why}); a --dtype for all weights may help")
-    packs = [_encode_as(module, unit, transposed) for module in fitting]
-    return min(packs, key=lambda packed: formats.by_name(packed.format).traffic(packed, 1).weight_bytes)
-
-
-def _encode_as(module: ModuleType, unit: Unit, transposed: bool) -> Packed:
-    """Only dense keeps a checkpoint's own orientation; the other formats store [N, K] in layouts of their own."""
-    return module.encode(unit, transposed=True) if transposed and module is dense else module.encode(unit)
+def _disk_name(first: str, role: str) -> str:
+    """`weight` and `basis` lie under the unit's first module; `coefficients.<path>` under its own."""
+    what, _, path = role.partition(".")
+    return f"{path or first}.{what}"
 
 
 def _checked(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

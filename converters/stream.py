@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..errors import LeftoverTensors, MissingTensors, SourceError, WrongShape
+from ..kernels.shared_basis import BIAS
+from ..kernels.unit import Unit
 from ..spec import Spec
 from .sources.source import Source
 
@@ -20,6 +22,7 @@ class Stream:
     def __init__(self, source: Source, spec: Spec, finished: Callable[[str], bool] = lambda _: False) -> None:
         self.source, self.spec = source, spec
         self.shapes = disk_shapes(spec)
+        self._linears = spec.linears()
         self._finished = finished
         self._met: set[str] = set()
         self._embed = f"{spec.names.embed}.weight"
@@ -40,6 +43,21 @@ class Stream:
                 )
             if self._is_new(name, ours, tensor):
                 yield ours, tensor
+
+    def serve(self, unit: Unit) -> None:
+        """Count a compressed unit's modules as met. Raises LeftoverTensors, WrongShape."""
+        for path, shape in unit.modules.items():
+            linear = self._linears.get(path)
+            if linear is None or f"{path}.weight" in self._met:
+                why = "its config.json has no place for" if linear is None else "has weights already"
+                raise LeftoverTensors(f"{self.source.path} holds compressed weights of {path}, which {why}")
+            if shape != (linear.n, linear.k):
+                raise WrongShape(
+                    f"{path} in {self.source.path} is {list(shape)}, its config.json says {[linear.n, linear.k]}"
+                )
+            if linear.bias and BIAS + path in unit.tensors:
+                self._met.add(f"{path}.bias")
+            self._met.add(f"{path}.weight")
 
     def close(self) -> None:
         """Hold what was met against what the model needs. Raises MissingTensors."""

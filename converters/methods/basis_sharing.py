@@ -1,126 +1,245 @@
-"""Basis Sharing (arXiv 2410.03765): the layers of a group write their weights as one basis times coefficients each.
+"""Basis Sharing (arXiv 2410.03765): consecutive layers write each kind of weight over one common basis.
 
-With W_i [N, K] of the group's layers stacked to W [n N, K], and G [K, K] the Gram matrix of the inputs
-they see in calibration, the best rank-R approximation under the activation-weighted norm
-||E||^2 = tr(E G E^T) projects W on the top eigenvectors V of W G W^T:
-
-    W_i ~ C_i B^T      B = W^T V  [K, R] once for the group,      C_i = V_i  [N, R] for each layer
-
-This is the well-conditioned form of the paper's B = S^-1 U Sigma with S = chol(G): no inverse, and no
-jitter where G is singular. A group of one is SVD-LLM (private matrices).
+`search` walks the calibration text through the dense model, a run of layers at a time: it collects the Gram
+matrices of their inputs, factorises each group and saves it. From 40 % on a second walk, through the
+compressed layers, refits the coefficients to the inputs that these really see (paper, 3.3). `apply` puts
+the factors into the model. A group of one is SVD-LLM.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from ... import families
 from ...spec import Spec
+from ..calibration import Calibration, LayerWalk, gram_of_inputs
+from ..groups import Group, Kind, Run, kinds, runs
+from ..low_rank import Factors, factorize, rank, refit, weighted_loss
+from ..modelling import BasisLinear, replace_linear, weight_of
+from ..record import Record
+
+NAME = "basis_sharing"
+REFIT_FROM = 40  # percent
+Grams = Callable[[Run, Sequence[str]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Modules that share one basis. size: the configured number of layers, which the rank formula takes."""
+class Params:
+    """ratio: percent of the block linears' weights to take away. group: layers that share. samples x length: tokens.
 
-    paths: tuple[str, ...]
-    size: int
-    observed: tuple[str, ...]  # per module, the one whose input stands for its own
+    share: the paper's rule, or whichever of shared and separate has the smaller weighted error at equal bytes.
+    refit: auto does it from 40 % on. layers, modules: only these.
+    """
 
+    ratio: float = 20.0
+    group: int = 2
+    share: Literal["paper", "auto"] = "paper"
+    samples: int = 256
+    length: int = 2048
+    seed: int = 2023
+    refit: Literal["auto", "yes", "no"] = "auto"
+    layers: tuple[int, ...] | None = None
+    modules: tuple[str, ...] | None = None
 
-@dataclass(frozen=True)
-class Factors:
-    """basis [K, R] and coefficients [N, R] per module, fp64; lost and total are weighted squared norms."""
-
-    basis: torch.Tensor
-    coefficients: tuple[torch.Tensor, ...]
-    lost: float
-    total: float
+    LIMITS: ClassVar[dict[str, tuple[float, float]]] = {
+        "ratio": (1, 99),
+        "group": (1, 1024),
+        "samples": (1, 1 << 20),
+        "length": (2, 1 << 20),
+        "seed": (0, 2**63 - 1),
+    }
 
     @property
-    def error(self) -> float:
-        """The relative activation-weighted error."""
-        return (self.lost / self.total) ** 0.5 if self.total else 0.0
+    def refits(self) -> bool:
+        return self.refit == "yes" or (self.refit == "auto" and self.ratio >= REFIT_FROM)
 
 
-def rank(ratio: float, outputs: int, inputs: int, size: int) -> int:
-    """Rank at which `size` layers of [outputs, inputs] keep 1 - ratio of their weights (paper, A.1); at least 1.
+def search(
+    model: PreTrainedModel, calibration: Calibration, record: Record, params: Params, progress: bool = True
+) -> None:
+    """Fill `record` with the factors of every run of layers; what it holds already is kept. The model stays dense.
 
-    Never above what a matrix can have: min(inputs, size * outputs).
+    model: frozen, in the dtype to compute in. Raises BadParameter for layers or modules that it has not, SourceError
+    for too little text.
     """
-    kept = int((1 - ratio) * inputs * outputs * size / (inputs + outputs * size))
-    return max(1, min(kept, inputs, size * outputs))
+    spec = families.read(model.config.to_dict())
+    tokens = calibration.windows(params.samples, params.length, params.seed)
+    plan = runs(spec, params.group, params.layers, getattr(model, "layer_origins", None))
+    if not all(record.holds(_part(run)) for run in plan):
+        factorize_runs(model, spec, params, _walk_grams(model, spec, tokens), record, progress)
+    if params.refits and not all(record.holds(_part(run, "refit")) for run in plan):
+        refit_runs(model, spec, params, tokens, record, progress)
+    record.save("plan", {}, {"parts": [_part(run, "refit") if params.refits else _part(run) for run in plan]})
 
 
-def plan(spec: Spec, size: int) -> list[list[Group]]:
-    """The groups of every run of `size` consecutive layers, by the paper's rule for each family.
-
-    Shared: what reads the residual stream (q, k, v, gate, up). Private: o and down, and k and v where they have
-    fewer heads than q.
-    """
-    layers = range(len(spec.layers))
-    return [
-        [group for kind in _kinds(spec, run[0]) for group in _groups(spec, kind, run, size)]
-        for run in (layers[start : start + size] for start in layers[::size])
-    ]
+def apply(model: PreTrainedModel, record: Record) -> None:
+    """Replace the linears that the record holds factors for; members of a group share one basis Parameter."""
+    for part in record.facts("plan")["parts"]:
+        for path, module in _modules(model, record, part).items():
+            replace_linear(model, path, module)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    name: str
-    observed: str
-    shared: bool
+def summary(record: Record) -> dict[str, Any]:
+    """Relative activation-weighted error per kind of module, before any refit, and what is shared."""
+    sums: dict[str, list[float]] = {}
+    shared: dict[str, int] = {}
+    for part in record.facts("plan")["parts"]:
+        for group in record.facts(part.removesuffix("-refit"))["groups"]:
+            lost, total = sums.get(group["kind"], (0.0, 0.0))
+            sums[group["kind"]] = [lost + group["lost"], total + group["total"]]
+            shared[group["kind"]] = shared.get(group["kind"], 0) + (len(group["paths"]) > 1)
+    return {"error": {k: (lost / total) ** 0.5 if total else 0.0 for k, (lost, total) in sums.items()}, "shared": shared}
 
 
-def _kinds(spec: Spec, i: int) -> list[_Kind]:
-    names, layer = spec.names, spec.layers[i]
-    grouped = layer.kv_heads < layer.heads
-    qkv = [_Kind(n, names.qkv[0], not (grouped and j > 0)) for j, n in enumerate(names.qkv)]
-    ffn = [_Kind(n, names.ffn_in[0], True) for n in names.ffn_in]
-    return [*qkv, _Kind(names.out, names.out, False), *ffn, _Kind(names.ffn_out, names.ffn_out, False)]
+# --- factors -------------------------------------------------------------------------------------
 
 
-def _groups(spec: Spec, kind: _Kind, run: range, size: int) -> list[Group]:
-    sets = [tuple(run)] if kind.shared else [(i,) for i in run]
-    return [
-        Group(
-            paths=tuple(spec.path(i, kind.name) for i in members),
-            size=size if kind.shared else 1,
-            observed=tuple(spec.path(i, kind.observed) for i in members),
-        )
-        for members in sets
-    ]
+def _walk_grams(model: PreTrainedModel, spec: Spec, tokens: torch.Tensor) -> Grams:
+    """Gram matrices from one walk through the dense model; runs must be asked for in order."""
+    walk, done = LayerWalk(model, spec, tokens), iter(range(len(spec.layers)))
+
+    def grams(run: Run, observed: Sequence[str]) -> dict[str, torch.Tensor]:
+        with gram_of_inputs({path: model.get_submodule(path) for path in observed}) as found:
+            for i in done:
+                walk.run(i)
+                if i == run.layers[-1]:
+                    return {path: gram / tokens.numel() for path, gram in found.items()}
+        raise ValueError(f"layers {run.layers} lie behind the walk")
+
+    return grams
 
 
-def factorize(weights: list[torch.Tensor], gram: torch.Tensor, r: int) -> Factors:
-    """The best rank-r factors of weights [N, K] each under gram [K, K], all fp64."""
-    stacked = torch.cat(weights)
-    outputs, inputs = stacked.shape
-    if outputs <= inputs:
-        values, vectors = torch.linalg.eigh(stacked @ gram @ stacked.t())
-        v = vectors[:, -r:]
-    else:
-        root = stacked @ _square_root(gram)  # [n N, K]
-        values, vectors = torch.linalg.eigh(root.t() @ root)
-        # Orthogonal columns of falling length: QR norms them without dividing by a singular value near zero.
-        v = torch.linalg.qr(root @ vectors[:, -r:]).Q
-    kept = values.clamp(min=0)
-    coefficients = v.split([w.shape[0] for w in weights])
-    return Factors(stacked.t() @ v, coefficients, float(kept[: len(kept) - r].sum()), float(kept.sum()))
+def factorize_runs(
+    model: PreTrainedModel, spec: Spec, params: Params, grams: Grams, record: Record, progress: bool
+) -> None:
+    """Factorise run after run, one kind at a time, and save each run. grams(run, paths): mean of x x^T per path."""
+    plan, chosen = runs(spec, params.group, params.layers, getattr(model, "layer_origins", None)), kinds(spec, params.modules)
+    for run in tqdm(plan, "basis sharing", unit="run", disable=not progress):
+        if record.holds(_part(run)):
+            grams(run, ())
+            continue
+        observed = dict.fromkeys(path for kind in chosen for path in run.group(spec, kind).observed)
+        found = grams(run, list(observed))
+        done = [pair for kind in chosen for pair in _factors(model, spec, params, run, kind, found)]
+        facts = [_facts(group, factors) for group, factors in done]
+        record.save(_part(run), _tensors(done, found), {"params": asdict(params), "groups": facts})
 
 
-def _square_root(gram: torch.Tensor) -> torch.Tensor:
-    """The symmetric root of a Gram matrix whose smallest eigenvalues may have come out negative."""
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.t()
+def _factors(
+    model: PreTrainedModel, spec: Spec, params: Params, run: Run, kind: Kind, grams: dict[str, torch.Tensor]
+) -> list[tuple[Group, Factors]]:
+    """The factors of one kind in one run: of one group or of several, by the chosen rule."""
+    plans = [run.groups(spec, kind, shared) for shared in ((kind.shared,) if params.share == "paper" else (True, False))]
+    found = [[(g, _factorize(model, spec, params, g, grams)) for g in groups] for groups in plans]
+    if len(found) == 1:
+        return found[0]
+    return min(found, key=lambda pairs: sum(_own_loss(model, spec, g, f, grams) for g, f in pairs))
 
 
-def refit(weights: list[torch.Tensor], basis: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The best coefficients for a basis [K, R] that is kept, under the inputs that a compressed model really sees.
+def _factorize(
+    model: PreTrainedModel, spec: Spec, params: Params, group: Group, grams: dict[str, torch.Tensor]
+) -> Factors:
+    weights = [weight_of(model, path, spec.transposed).double() for path in group.paths]
+    outputs, inputs = weights[0].shape
+    return factorize(weights, _pooled(group, grams), rank(params.ratio / 100, outputs, inputs, group.size))
 
-    C = W G B (B^T G B)^+, for ratios of 40 % and more (paper, 3.3); gram is of the deviated inputs.
-    """
-    weighted = gram @ basis
-    normal = basis.t() @ weighted
-    solved = torch.linalg.lstsq(normal, (torch.cat(weights) @ weighted).t(), driver="gelsd").solution.t()
-    return solved.split([w.shape[0] for w in weights])
+
+def _pooled(group: Group, grams: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([grams[path] for path in group.observed]).sum(0) if len(group.paths) > 1 else grams[group.observed[0]]
+
+
+def _own_loss(
+    model: PreTrainedModel, spec: Spec, group: Group, factors: Factors, grams: dict[str, torch.Tensor]
+) -> float:
+    """Weighted loss with each module under its own inputs, so that shared and separate can be compared."""
+    return sum(
+        weighted_loss(weight_of(model, path, spec.transposed).double(), c @ factors.basis.t(), grams[observed])
+        for path, observed, c in zip(group.paths, group.observed, factors.coefficients, strict=True)
+    )
+
+
+# --- refit ---------------------------------------------------------------------------------------
+
+
+def refit_runs(
+    model: PreTrainedModel, spec: Spec, params: Params, tokens: torch.Tensor, record: Record, progress: bool
+) -> None:
+    """Refit the coefficients of every run under the inputs that the compressed model, before any refit, gives it."""
+    walk, done = LayerWalk(model, spec, tokens), iter(range(len(spec.layers)))
+    for run in tqdm(runs(spec, params.group, params.layers), "refitting", unit="run", disable=not progress):
+        dense = {path: model.get_submodule(path) for path in _paths(record, run)}
+        weights = {path: weight_of(model, path, spec.transposed) for path in dense}
+        facts = record.facts(_part(run))
+        observed = dict.fromkeys(path for group in facts["groups"] for path in group["observed"])
+        for path, module in _modules(model, record, _part(run)).items():
+            replace_linear(model, path, module)
+        wanted = {} if record.holds(_part(run, "refit")) else {path: model.get_submodule(path) for path in observed}
+        with gram_of_inputs(wanted) as grams:
+            for i in done:
+                walk.run(i)
+                if i == run.layers[-1]:
+                    break
+        for path, module in dense.items():
+            replace_linear(model, path, module)
+        if wanted:
+            record.save(_part(run, "refit"), _refitted(record.tensors(_part(run)), facts, weights, grams), facts)
+
+
+def _refitted(
+    tensors: dict[str, torch.Tensor],
+    facts: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    grams: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """A run's tensors with new coefficients."""
+    for g, group in enumerate(facts["groups"]):
+        gram = torch.stack([grams[path] for path in group["observed"]]).sum(0)
+        targets = [weights[path].double() for path in group["paths"]]
+        found = refit(targets, tensors[f"{g}.basis"].double().t(), gram)
+        tensors |= {f"{g}.coefficients.{j}": c.float().contiguous() for j, c in enumerate(found)}
+    return tensors
+
+
+# --- parts of the record -------------------------------------------------------------------------
+
+
+def _part(run: Run, step: str = "") -> str:
+    return f"layers-{run.layers[0]:04d}-{run.layers[-1]:04d}" + (f"-{step}" if step else "")
+
+
+def _paths(record: Record, run: Run) -> list[str]:
+    return [path for group in record.facts(_part(run))["groups"] for path in group["paths"]]
+
+
+def _facts(group: Group, factors: Factors) -> dict[str, Any]:
+    return asdict(group) | {"rank": factors.rank, "lost": factors.lost, "total": factors.total}
+
+
+def _tensors(done: list[tuple[Group, Factors]], grams: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Group g: `g.basis` [R, K], `g.coefficients.j` [N, R] per module, `g.scale` [K] the RMS of the inputs; fp32."""
+    tensors: dict[str, torch.Tensor] = {}
+    for g, (group, factors) in enumerate(done):
+        mean = _pooled(group, grams).diagonal() / len(group.paths)
+        tensors[f"{g}.basis"] = factors.basis.t().float().contiguous()
+        tensors[f"{g}.scale"] = mean.clamp(min=0).sqrt().float()
+        tensors |= {f"{g}.coefficients.{j}": c.float().contiguous() for j, c in enumerate(factors.coefficients)}
+    return tensors
+
+
+def _modules(model: PreTrainedModel, record: Record, part: str) -> dict[str, nn.Module]:
+    """The compressed modules of a part, by the paths they replace, in the model's dtype, with the dense biases."""
+    tensors, made = record.tensors(part), dict[str, nn.Module]()
+    for g, group in enumerate(record.facts(part)["groups"]):
+        basis = nn.Parameter(tensors[f"{g}.basis"].to(model.dtype), requires_grad=False)
+        for j, path in enumerate(group["paths"]):
+            bias = model.get_submodule(path).bias if hasattr(model.get_submodule(path), "bias") else None
+            coefficients = tensors[f"{g}.coefficients.{j}"].to(model.dtype)
+            made[path] = BasisLinear(basis, coefficients, bias, tensors[f"{g}.scale"])
+    return made

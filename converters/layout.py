@@ -1,0 +1,79 @@
+"""How each unit is stored: of everything exact that fits, what reads the fewest bytes for one row."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from ..errors import SourceError
+from ..kernels import dense, formats, shared_basis
+from ..kernels.shared_basis import BIAS, COEFFICIENTS
+from ..kernels.unit import Packed, Unit
+
+
+def encode_linear(unit: Unit, format: str | None, transposed: bool) -> Packed:
+    """A dense linear in the named format, or in the fitting one that reads the fewest bytes; the first wins a tie."""
+    candidates = (formats.by_name(format),) if format else formats.FORMATS
+    reasons = {module.NAME: module.fits(unit) for module in candidates}
+    fitting = [module for module in candidates if reasons[module.NAME] is None]
+    if not fitting:
+        why = "; ".join(f"{format}: {reason}" for format, reason in reasons.items())
+        raise SourceError(f"{next(iter(unit.modules))} fits no format ({why}); a --dtype for all weights may help")
+    packs = [_encode_as(module, unit, transposed) for module in fitting]
+    return min(packs, key=lambda packed: formats.by_name(packed.format).traffic(packed, 1).weight_bytes)
+
+
+def _encode_as(module: ModuleType, unit: Unit, transposed: bool) -> Packed:
+    """Only dense keeps a checkpoint's own orientation; the other formats store [N, K] in layouts of their own."""
+    return module.encode(unit, transposed=True) if transposed and module is dense else module.encode(unit)
+
+
+def encode_group(unit: Unit, dtype: torch.dtype, format: str | None, transposed: bool) -> list[Packed]:
+    """A basis group, as the product of its factors (a pack for each module), factored or pivoted; all in `dtype`.
+
+    The unit may have `scale` [K], the RMS of its inputs, which guides pivoting. Nothing is rounded to `dtype`
+    before it is laid out.
+    """
+    tensors = dict(unit.tensors)
+    scale = tensors.pop("scale", None)
+    unit = Unit(unit.modules, tensors)
+    if reason := shared_basis.fits(unit):
+        raise SourceError(f"{next(iter(unit.modules))}: {reason}")
+    sizes = layout_sizes(unit, dtype.itemsize)
+    allowed = {None: list(sizes), dense.NAME: ["dense"], shared_basis.NAME: ["factored", "pivoted"]}.get(format, [])
+    if not allowed:
+        raise SourceError(f"{next(iter(unit.modules))} is a basis and coefficients, which {format} does not store")
+    best = min(allowed, key=sizes.__getitem__)
+    if best == "dense":
+        return [dense.encode(_cast(part, dtype), transposed=transposed) for part in _products(unit)]
+    if best == "pivoted":
+        inputs = next(iter(unit.modules.values()))[1]
+        unit = shared_basis.pivot(unit, torch.ones(inputs) if scale is None else scale)
+    return [shared_basis.encode(_cast(unit, dtype))]
+
+
+def layout_sizes(unit: Unit, itemsize: int) -> dict[str, int]:
+    """Bytes that one row reads of a basis group in each layout, each module applied once."""
+    rank, inputs = unit.tensors["basis"].shape
+    count, outputs = len(unit.modules), sum(n for n, _ in unit.modules.values())
+    return {
+        "dense": outputs * inputs * itemsize,
+        "factored": (count * rank * inputs + outputs * rank) * itemsize,
+        "pivoted": (count * rank * (inputs - rank) + outputs * rank) * itemsize + 4 * count * inputs,
+    }
+
+
+def _products(unit: Unit) -> list[Unit]:
+    """A dense linear for each module, in the unit's dtype."""
+    found = []
+    for path, shape in unit.modules.items():
+        weight = unit.tensors[COEFFICIENTS + path] @ unit.tensors["basis"]
+        bias = {"bias": unit.tensors[BIAS + path]} if BIAS + path in unit.tensors else {}
+        found.append(Unit({path: shape}, {"weight": weight, **bias}))
+    return found
+
+
+def _cast(unit: Unit, dtype: torch.dtype) -> Unit:
+    tensors = {role: t.to(dtype) if t.is_floating_point() else t for role, t in unit.tensors.items()}
+    return Unit(unit.modules, tensors)

@@ -98,13 +98,29 @@ def convert(
     dst: Annotated[Path, typer.Argument(help="The compact folder to make.", show_default=False)],
     format: Annotated[str | None, typer.Option(help="Storage of every linear layer; default: the smallest.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the stored weights; default: the source's.")] = None,
-    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="A text to measure perplexity on.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:KEY=VALUE,...", help="How to compress; may be given several times, in order."),
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="The text that methods read.")] = None,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="A text to measure perplexity on.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST once the new folder is whole.")] = False,
 ) -> None:
-    """Convert a checkpoint to a compact folder, dense and without loss, and measure it."""
+    """Convert a checkpoint to a compact folder and measure it; without a method, dense and without loss."""
     from . import convert as run
 
-    print(run(src, dst, format=format, dtype=dtype and dtype.value, calibration=calibration, overwrite=overwrite))
+    print(
+        run(
+            src,
+            dst,
+            methods=method or (),
+            format=format,
+            dtype=dtype and dtype.value,
+            calibration=calibration,
+            text=text,
+            overwrite=overwrite,
+        )
+    )
 
 
 @app.command()
@@ -137,14 +153,17 @@ def inspect(
     rows = [
         (
             kind.kind,
-            kind.format,
+            f"{kind.format} {kind.form}".rstrip(),
             str(kind.count),
             _shapes(kind.shapes),
+            *(() if report.stock else (_shapes(kind.ranks), str(kind.groups or ""))),
             *map(readable, (kind.dense_bytes, kind.compact_bytes)),
         )
         for kind in (*report.kinds, report.total)
     ]
-    print_table(f"{path} ({report.family})", ("kind", "format", "count", "shapes", "dense", "compact"), rows)
+    compressed = () if report.stock else ("rank", "groups")
+    columns = ("kind", "format", "count", "shapes", *compressed, "dense", "compact")
+    print_table(f"{path} ({report.family})", columns, rows)
     where = "every engine loads it" if report.stock else "compressed: pared loads it"
     print(f"{readable(report.disk_bytes)} on disk, {where}" + (", every file is as it was written" if verify else ""))
 

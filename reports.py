@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .compact import Folder, TensorEntry
+from .compact import Folder, TensorEntry, UnitEntry
 
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -106,11 +106,17 @@ def _gpu() -> str:
 
 @dataclass
 class Kind:
-    """All units of one kind (`self_attn.q_proj`, ...): bytes as stored, and as dense weights of the same dtype."""
+    """All modules of one kind (`self_attn.q_proj`, ...): bytes as stored, and as dense weights of the same dtype.
+
+    count: modules. groups: units, fewer where modules share one. form: factored or pivoted; ranks: rank -> units.
+    """
 
     kind: str
     format: str
+    form: str = ""
     count: int = 0
+    groups: int = 0
+    ranks: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, int] = field(default_factory=dict)
     compact_bytes: int = 0
     dense_bytes: int = 0
@@ -131,7 +137,8 @@ class FolderReport:
     def total(self) -> Kind:
         """The sum over all kinds."""
         compact, dense = (sum(getattr(kind, name) for kind in self.kinds) for name in ("compact_bytes", "dense_bytes"))
-        return Kind("total", "", sum(kind.count for kind in self.kinds), {}, compact, dense)
+        count, groups = (sum(getattr(kind, name) for kind in self.kinds) for name in ("count", "groups"))
+        return Kind("total", "", count=count, groups=groups, compact_bytes=compact, dense_bytes=dense)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -141,30 +148,43 @@ class FolderReport:
 def folder_report(folder: Folder) -> FolderReport:
     """Sizes and shapes of everything in an open compact folder, read from its manifest alone."""
     manifest, seen = folder.manifest, set(folder.manifest.plain)
-    kinds: dict[tuple[str, str], Kind] = {}
+    kinds: dict[tuple[str, str, str], Kind] = {}
 
-    def add(kind: str, format: str, shape: list[int], compact: int, dense: int) -> None:
-        row = kinds.setdefault((kind, format), Kind(kind, format))
+    def add(kind: str, shape: list[int], compact: int, dense: int, format: str = "", form: str = "") -> Kind:
+        row = kinds.setdefault((kind, format, form), Kind(kind, format, form))
         row.count += 1
         row.shapes[_times(shape)] = row.shapes.get(_times(shape), 0) + 1
         row.compact_bytes += compact
         row.dense_bytes += dense
+        return row
 
     for unit in manifest.units:
         fresh = [name for name in unit.tensors.values() if name not in seen]
         seen.update(fresh)
         compact = sum(_bytes(manifest.tensors[name]) for name in fresh)
         item = max((ITEM_BYTES[manifest.tensors[name].dtype] for name in unit.tensors.values()), default=0)
+        form, rank = _form(folder, unit)
         for i, (path, shape) in enumerate(unit.modules.items()):
             dense = math.prod(shape) * item + _bias_bytes(folder, unit.tensors, path) if fresh else 0
             kind = f"{_kind(path)} (tied)" if not fresh else _kind(path)
-            add(kind, unit.format, list(shape), compact if i == 0 else 0, dense)
+            row = add(kind, list(shape), compact if i == 0 else 0, dense, unit.format, form)
+            row.groups += i == 0
+        if rank:
+            row.ranks[str(rank)] = row.ranks.get(str(rank), 0) + 1
     for name in manifest.plain:
         size = _bytes(manifest.tensors[name])
-        add(_kind(name.rpartition(".")[0]), "", list(manifest.tensors[name].shape), size, size)
+        add(_kind(name.rpartition(".")[0]), list(manifest.tensors[name].shape), size, size)
     disk = sum(file.stat().st_size for file in folder.path.iterdir() if file.is_file())
     family = str(folder.config.get("model_type"))
     return FolderReport(str(folder.path), family, manifest.stock, list(kinds.values()), disk, manifest.provenance)
+
+
+def _form(folder: Folder, unit: UnitEntry) -> tuple[str, int]:
+    """How a unit over a basis stores it, and its rank; ("", 0) for a unit without one."""
+    if "basis" not in unit.tensors:
+        return "", 0
+    rank = folder.manifest.tensors[unit.tensors["basis"]].shape[0]
+    return "pivoted" if "pivots" in unit.tensors else "factored", rank
 
 
 def _kind(path: str) -> str:

@@ -47,6 +47,7 @@ MODULES = {
         "up": "fc1",
         "down": "fc2",
     },
+    "phi3": {"attn": "self_attn.qkv_proj", "o": "self_attn.o_proj", "up": "mlp.gate_up_proj", "down": "mlp.down_proj"},
     "gpt2": {"attn": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
 }
 
@@ -102,7 +103,8 @@ def plain_model(model: hf.PreTrainedModel, made: dict[tuple[str, ...], Unit]) ->
 def write(target: Path, model: hf.PreTrainedModel, made: list[Unit], **options: object) -> Path:
     """A compact folder of these units, factored or pivoted as they are; everything else dense."""
     spec, state = spec_of(model), tiny.state(model)
-    config = json.loads(model.config.to_json_string()) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    config = json.loads(model.config.to_json_string())
+    config |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
     served = {path for unit in made for path in unit.modules}
     with FolderWriter(target, resume_key="", **options) as writer:
         for name in spec.plain():

@@ -12,6 +12,7 @@ import transformers as hf
 
 import pared.hf as door
 from pared import errors
+from pared.convert import export
 from pared.hf import PackedLinear
 from pared.tests import compressed, tiny
 from pared.tests.compressed import LLAMA
@@ -27,6 +28,7 @@ from pared.tests.test_compressed import (
     rewrite,
 )
 
+DENSE_GOLDEN = GOLDEN.with_name("dense_v1")
 TOKENS = torch.tensor([[1, 7, 3, 30, 39, 0, 12]])
 
 
@@ -153,21 +155,32 @@ def test_the_golden_folder_through_this_door():
 # --- in other processes -----------------------------------------------------------------------------
 
 LOAD = "import sys, transformers as hf\nmodel = hf.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+LOAD_ALL = """
+import sys, transformers as hf
+for path in sys.argv[1:]:
+    try:
+        hf.AutoModelForCausalLM.from_pretrained(path)
+    except RuntimeError as stopped:
+        print("stopped:", " ".join(str(stopped).split()))
+    else:
+        print("loaded:", path)
+assert not any(name.split(".")[0] == "pared" for name in sys.modules)
+"""
 
 
 def process(script: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-P", "-c", script, *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("form", ["factored", "pivoted"])
-def test_without_us_a_stock_process_stops_loudly(tmp_path, form):
-    folder, _ = written(tmp_path / "out", form=form)
-    done = process(LOAD, folder)
-    assert done.returncode != 0
-    assert "size mismatch" in done.stderr or "mismatched" in done.stderr.lower()
-    assert "q_proj.weight" in done.stderr
-    stopped = process(LOAD, GOLDEN)
-    assert stopped.returncode != 0 and "mismatch" in stopped.stderr.lower()
+def test_without_us_a_stock_process_stops_loudly_and_loads_what_is_dense(tmp_path):
+    folders = [written(tmp_path / form, form=form)[0] for form in ("factored", "pivoted")]
+    dense = export(folders[0], tmp_path / "dense", progress=False)
+    done = process(LOAD_ALL, *folders, GOLDEN, DENSE_GOLDEN, dense)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in told] == ["stopped"] * 3 + ["loaded"] * 2
+    assert all("mismatch" in line for line in told[:3])
+    assert "q_proj.weight" in done.stderr and "MISMATCH" in done.stderr
 
 
 def test_with_the_import_a_fresh_process_loads_it(tmp_path):

@@ -8,10 +8,6 @@ logits are closer together than its decode and its prefill are apart.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +16,8 @@ from typing import Any
 
 from ..errors import ParedError, SourceError
 from ..kernels.dispatch import FALLBACKS, set_threads
-from ..reports import environment
+from . import record
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 COLUMNS = ("what", "pared", "transformers", "ratio (quartiles)")
 
 
@@ -55,9 +49,7 @@ def compare(
     agreement = check(llm, theirs, prompt, new_tokens)
     pairs = [(ours_once(llm, prompt, new_tokens), theirs_once(theirs, prompt, new_tokens)) for _ in range(rounds)]
     return {
-        "environment": dict(environment()),
-        "commit": _commit(),
-        "load": os.getloadavg()[0],
+        **record.circumstances(),
         "folder": Path(path).name,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "device": str(llm.model.device),
@@ -180,17 +172,8 @@ def _prompt(llm: Any, count: int) -> tuple[list[int], str]:
 def _sides(pairs: list[tuple[Timed, Timed]], value: Callable[[Timed], float]) -> dict[str, list[float]]:
     ours, theirs = [value(one) for one, _ in pairs], [value(other) for _, other in pairs]
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-    return {"pared": _quartiles(ours), "transformers": _quartiles(theirs), "ratio": _quartiles(ratios)}
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    quartiles = {"pared": ours, "transformers": theirs, "ratio": ratios}
+    return {side: record.quartiles(values) for side, values in quartiles.items()}
 
 
 def main() -> None:
@@ -209,9 +192,7 @@ def main() -> None:
     for dtype in ("bfloat16", "float32"):
         result = compare(options.folder, rounds=options.rounds, dtype=dtype)
         kind = "gpu" if result["device"].startswith("cuda") else "cpu"
-        RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / f"end_to_end_{kind}_{dtype}.json"
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        record.write(f"end_to_end_{kind}_{dtype}", result)
         print_table(f"{options.folder}, {dtype}", COLUMNS, rows(result))
 
 

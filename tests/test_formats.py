@@ -6,6 +6,7 @@ tests/test_triton_interpret.py runs this file a second time, through the Triton 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,8 +103,7 @@ def test_no_rows_give_no_rows(module, unit):
 @every_case
 def test_stacked_units_give_their_outputs_side_by_side(module, unit):
     packed = module.encode(unit)
-    twin = Packed(packed.format, packed.version, {f"twin.{p}": s for p, s in unit.modules.items()}, packed.tensors, {})
-    stacked = module.stack([packed, Packed(**{**vars(twin), "params": packed.params})])
+    stacked = module.stack([packed, replace(packed, modules={f"twin.{p}": s for p, s in unit.modules.items()})])
     if stacked is not None:
         paths = [*unit.modules, *(f"twin.{path}" for path in unit.modules)]
         assert list(stacked.modules) == paths

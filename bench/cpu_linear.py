@@ -83,8 +83,8 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     result = record.circumstances()
     with torch.inference_mode():
         for number in range(rounds):
-            for name, run in _reads(weights.buffer, native).items():
-                reads[name].append(CEILING_BYTES / _seconds(run) / 1e9)
+            for name, run in reads_of(weights.buffer, native).items():
+                reads[name].append(CEILING_BYTES / seconds_of(run) / 1e9)
             for case in cases:
                 _time_both(case, weights, ours_first=number % 2 == 0)
     ceiling = max(record.quartiles(rates)[1] for rates in reads.values())
@@ -153,7 +153,8 @@ def _buffer(dtype: torch.dtype, size: int, generator: torch.Generator) -> torch.
     return buffer
 
 
-def _reads(buffer: torch.Tensor, native: Any) -> dict[str, Callable[[], Any]]:
+def reads_of(buffer: torch.Tensor, native: Any) -> dict[str, Callable[[], Any]]:
+    """Ways to read the first CEILING_BYTES of the buffer: the fastest is the memory's ceiling."""
     import torch
 
     data = buffer.view(torch.uint8)[:CEILING_BYTES].view(torch.float32)
@@ -181,10 +182,11 @@ def _time_both(case: Case, weights: Weights, ours_first: bool) -> None:
     calls = max(1, CALL_BYTES // case.weight_bytes)
     for side, seconds in sides if ours_first else reversed(sides):
         run = side(case.x, [weights.take(case.n, case.k) for _ in range(calls)])
-        seconds.append(_seconds(run) / calls)
+        seconds.append(seconds_of(run) / calls)
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Wall time of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

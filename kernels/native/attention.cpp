@@ -96,7 +96,7 @@ void run(int level, int threads, const Attention& a) {
         const Scratch mine = scratch(a);
 #pragma omp for schedule(dynamic, 1)
         for (i64 i = 0; i < pieces; i++) attend(a, made.pieces[i], mine);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (i64 i = 0; i < cuts; i++) merge<T>(a, &made.pieces[made.cuts[i].first], made.cuts[i].count);
     }
 }

@@ -125,7 +125,7 @@ static void linear(const Linear& a, u32* packed) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         configure(columns);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (i64 n = 0; n < a.n; n += chunk) rows_of(a, packed, ld, n, least(a.n, n + chunk));
         _tile_release();
     }

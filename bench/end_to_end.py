@@ -8,10 +8,6 @@ logits are closer together than its decode and its prefill are apart.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +16,9 @@ from typing import Any
 
 from ..errors import ParedError, SourceError
 from ..kernels.dispatch import FALLBACKS, set_threads
-from ..reports import environment
+from . import record
+from .cpu_linear import CEILING_BYTES, last_level_cache, reads_of, seconds_of
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 COLUMNS = ("what", "pared", "transformers", "ratio (quartiles)")
 
 
@@ -54,10 +49,12 @@ def compare(
     prompt, origin = _prompt(llm, prompt_tokens)
     agreement = check(llm, theirs, prompt, new_tokens)
     pairs = [(ours_once(llm, prompt, new_tokens), theirs_once(theirs, prompt, new_tokens)) for _ in range(rounds)]
+    decode = _sides(pairs, lambda timed: timed.rate)
+    weight_bytes, ceiling = sum(decode_traffic(path, llm.model.dtype).values()), _ceiling(llm.model.device)
+    rate = weight_bytes * decode["pared"][1] / 1e9
     return {
-        "environment": dict(environment()),
-        "commit": _commit(),
-        "load": os.getloadavg()[0],
+        **record.circumstances(),
+        "last_level_cache_bytes": last_level_cache(),
         "folder": Path(path).name,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "device": str(llm.model.device),
@@ -66,11 +63,20 @@ def compare(
         "prompt_tokens": len(prompt),
         "new_tokens": new_tokens,
         "agreement": agreement,
-        "bytes_per_token": sum(decode_traffic(path, llm.model.dtype).values()),
         "fallbacks": {" ".join(key): count for key, count in FALLBACKS.items()},
+        "bytes_per_token": weight_bytes,
+        "gb_per_s": rate,
+        "percent_of_ceiling": None if ceiling is None else 100 * rate / ceiling,
         "prefill_tokens_per_second": _sides(pairs, lambda timed: len(prompt) / timed.first),
-        "decode_tokens_per_second": _sides(pairs, lambda timed: timed.rate),
+        "decode_tokens_per_second": decode,
     }
+
+
+def title(result: dict[str, Any]) -> str:
+    """What the numbers of `rows` are about."""
+    ceiling = result["percent_of_ceiling"]
+    share = "" if ceiling is None else f", {ceiling:.0f} % of what memory gives"
+    return f"{result['folder']}, {result['dtype']}: decode reads {result['gb_per_s']:.1f} GB/s of weights{share}"
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -180,17 +186,21 @@ def _prompt(llm: Any, count: int) -> tuple[list[int], str]:
 def _sides(pairs: list[tuple[Timed, Timed]], value: Callable[[Timed], float]) -> dict[str, list[float]]:
     ours, theirs = [value(one) for one, _ in pairs], [value(other) for _, other in pairs]
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-    return {"pared": _quartiles(ours), "transformers": _quartiles(theirs), "ratio": _quartiles(ratios)}
+    quartiles = {"pared": ours, "transformers": theirs, "ratio": ratios}
+    return {side: record.quartiles(values) for side, values in quartiles.items()}
 
 
-def _quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+def _ceiling(device: Any) -> float | None:
+    """GB/s at which this CPU reads its memory now; None where there is no native kernel to read it with."""
+    import torch
 
+    from ..kernels.native import library
 
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    native = library.load()
+    if device.type != "cpu" or native is None:
+        return None
+    reads = reads_of(torch.ones(CEILING_BYTES, dtype=torch.uint8), native).values()
+    return max(CEILING_BYTES / seconds_of(read) / 1e9 for read in reads for _ in range(3))
 
 
 def main() -> None:
@@ -205,14 +215,11 @@ def main() -> None:
 
     if not options.folder.exists():
         convert_smollm2(options.folder)
-
     for dtype in ("bfloat16", "float32"):
         result = compare(options.folder, rounds=options.rounds, dtype=dtype)
         kind = "gpu" if result["device"].startswith("cuda") else "cpu"
-        RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / f"end_to_end_{kind}_{dtype}.json"
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print_table(f"{options.folder}, {dtype}", COLUMNS, rows(result))
+        record.write(f"end_to_end_{kind}_{dtype}", result)
+        print_table(title(result), COLUMNS, rows(result))
 
 
 if __name__ == "__main__":

@@ -108,6 +108,8 @@ def paged_attention(
     group = heads // kv_heads
     tiles = tuning.ATTENTION.get(tuning.target(), tuning.ATTENTION["default"])
     tile = tuning.pick(tiles, max_query * group)
+    shape = {"GROUP": group, "PAGE": page, "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
+    launch = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
     _attend[(sequences, kv_heads, triton.cdiv(max_query * group, tile.m))](
         q,
         k_pool,
@@ -121,13 +123,7 @@ def paged_attention(
         kv_heads,
         scale,
         window,
-        GROUP=group,
-        PAGE=page,
-        HEAD_DIM=head_dim,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **shape,
+        **launch,
     )
     return out

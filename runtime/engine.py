@@ -83,7 +83,7 @@ class EngineCore:
     ) -> None:
         self.model = model
         self.cache = cache
-        self.eos = eos
+        self.eos = frozenset(token for token in eos if token < model.spec.vocab)  # some configs name ids beyond it
         self.allocator = BlockAllocator(cache.num_blocks)
         self.scheduler = Scheduler(self.allocator, cache.page, max_batch, chunk, model.spec.rope_switch)
         self.context = context
@@ -102,7 +102,8 @@ class EngineCore:
         if not prompt:
             raise EmptyPrompt("the prompt holds no token; give at least one, such as the model's start of text")
         vocab = self.model.spec.vocab
-        for name, ids in (("the prompt", prompt), ("logit_bias", params.logit_bias)):
+        named = (("the prompt", prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids))
+        for name, ids in named:
             bad = [token for token in ids if not 0 <= token < vocab]
             if bad:
                 raise BadParameter(f"{name} holds token id {bad[0]}; this model's are 0 to {vocab - 1}")

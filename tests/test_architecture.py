@@ -30,7 +30,7 @@ MAY_IMPORT = {
 }
 # Where a package that is heavy, optional or full of its own opinions may be imported.
 ONLY_IN = {
-    "triton": {"kernels"},
+    "triton": {"kernels", "bench"},
     "transformers": {"converters", "runtime/text.py", "hf.py", "bench"},
     "gguf": {"converters"},
     "typer": {"cli.py"},

@@ -109,10 +109,11 @@ def test_endings() -> None:
         ([1, VOCAB], {}, BadParameter, f"token id {VOCAB}; this model's are 0 to {VOCAB - 1}"),
         ([-1], {}, BadParameter, "token id -1"),
         ([1], {"logit_bias": {99: 1.0}}, BadParameter, "logit_bias holds token id 99"),
+        ([1], {"stop_token_ids": [VOCAB]}, BadParameter, f"stop_token_ids holds token id {VOCAB}"),
         ([1] * 64, {}, PromptTooLong, "64 tokens and the context holds 64"),
         ([1] * 70, {}, PromptTooLong, "70 tokens and the context holds 64"),
     ],
-    ids=["empty", "too large an id", "negative id", "bias", "as long as the context", "longer"],
+    ids=["empty", "too large an id", "negative id", "bias", "stop", "as long as the context", "longer"],
 )
 def test_requests_that_cannot_be_served(prompt: list, params: dict, error: type, words: str) -> None:
     core = make_core()
@@ -337,6 +338,7 @@ def test_folder_defaults(mocked: None, tmp_path: Path) -> None:
     assert loaded({"eos_token_id": [3, 4]}, {"eos_token_id": 5}).core.eos == {3, 4}
     assert loaded({}, {"eos_token_id": 5}).core.eos == {5}
     assert loaded({}, {}).core.eos == {EOS}
+    assert loaded({"eos_token_id": [3, VOCAB]}, {}).core.eos == {3}
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(FolderDamaged, match=r"generation_config\.json is no JSON"):
         LLM(tmp_path)

@@ -260,23 +260,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder into which two processes built the library at the same time."""
-    folder = tmp_path_factory.mktemp("built")
-    code = f"from pared.kernels.native import build; print(build.compile_library({str(folder)!r}))"
-    command = [sys.executable, "-P", "-c", code]
-    builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [builder.communicate()[0].strip() for builder in builders] == [str(folder / build.file_name())] * 2
-    return folder
-
-
 @pytest.fixture
-def quick_compiler(built: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """$CXX is a script that gives out the built library for everything, and notes each call in the file returned."""
+def quick_compiler(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """$CXX is a script that gives out this process's library for everything; the file returned notes each call."""
     script, calls = tmp_path / "quick", tmp_path / "calls"
-    library_file = built / build.file_name()
-    script.write_text(f'#!/bin/sh\necho called >> "{calls}"\nfor last; do :; done\ncp "{library_file}" "$last"\n')
+    script.write_text(f'#!/bin/sh\necho called >> "{calls}"\nfor last; do :; done\ncp "{NATIVE.path}" "$last"\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     return calls
@@ -289,12 +277,17 @@ def works(native: library.Library | None) -> bool:
     return out.item() == 16
 
 
-def test_two_processes_build_one_library_and_leave_nothing_else(built: Path) -> None:
-    library_file = built / build.file_name()
-    assert list(built.iterdir()) == [library_file]
+def test_processes_that_build_at_once_leave_one_library_and_nothing_else(quick_compiler: Path, cache: Path) -> None:
+    code = f"from pared.kernels.native import build; print(build.compile_library({str(cache)!r}))"
+    command = [sys.executable, "-P", "-c", code]
+    builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    library_file = cache / build.file_name()
+    assert [builder.communicate()[0].strip() for builder in builders] == [str(library_file)] * 3
+    assert list(cache.iterdir()) == [library_file]
     assert build.intact(library_file)
     assert works(library.Library(library_file))
-    assert library.Library(library_file).levels() == LEVELS
+    objects = len(list(build.SOURCES.glob("*.cpp")))
+    assert quick_compiler.read_text().count("called") == 3 * (objects + 1)
 
 
 def test_built_once_then_found(quick_compiler: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,8 +302,8 @@ def test_built_once_then_found(quick_compiler: Path, cache: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "sealed nonsense"])
-def test_a_damaged_library_is_built_again(quick_compiler: Path, built: Path, cache: Path, damage: str) -> None:
-    whole = (built / build.file_name()).read_bytes()
+def test_a_damaged_library_is_built_again(quick_compiler: Path, cache: Path, damage: str) -> None:
+    whole = NATIVE.path.read_bytes()
     nonsense = b"no library at all"
     middle = len(whole) // 2
     content = {

@@ -1,4 +1,4 @@
-"""The kernel tests once more in a process whose CPU tensors take the Triton kernels.
+"""The kernel tests, and two whole models, in a process whose CPU tensors take the Triton kernels.
 
 TRITON_INTERPRET is read when a kernel is decorated, so it needs a process of its own.
 """
@@ -14,18 +14,27 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-FILES = ("test_formats.py", "test_dense.py", "test_attention.py", "test_fused.py", "interpreted_tiles.py")
+TESTED = (
+    "test_formats.py",
+    "test_dense.py",
+    "test_attention.py",
+    "test_fused.py",
+    "interpreted_tiles.py",
+    "test_model.py::test_prefill_of_a_mixed_batch[mistral-window]",
+    "test_model.py::test_prefill_of_a_mixed_batch[gpt2]",
+)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_every_kernel_test_passes_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     harmless = ("Conversion of an array with ndim > 0:DeprecationWarning", "overflow encountered in exp:RuntimeWarning")
     options = [option for warning in harmless for option in ("-W", f"ignore:{warning}")]
     plugins = ["-p", "interpreter_bf16", "-p", "no:cacheprovider"]
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", *plugins, *options]
     run = subprocess.run(
-        [*command, *(str(TESTS / name) for name in FILES)],
+        [*command, *(str(TESTS / name) for name in TESTED)],
         env=environment,
         cwd=TESTS.parent,
         capture_output=True,

@@ -91,6 +91,114 @@ def test_linear_keeps_nan_and_infinity(level: str) -> None:
 
 @level
 @dtype
+@pytest.mark.parametrize("m, n, k", [(0, 5, 7), (3, 0, 7), (0, 0, 0), (1, 40, 0), (20, 40, 0)])
+def test_linear_of_nothing(level: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    x, w, bias = random(m, k, dtype=dtype), random(n, k, dtype=dtype, seed=1), random(n, dtype=dtype, seed=2)
+    out = poisoned(m, n, dtype=dtype)
+    NATIVE.at(level).linear(x, w, bias, out)
+    assert torch.equal(out, F.linear(x, w, bias))
+
+
+@level
+@dtype
+@pytest.mark.parametrize("m", [1, 3, 40])
+def test_a_wide_linear_is_not_rounded(level: str, dtype: torch.dtype, m: int) -> None:
+    x, w, bias = random(m, 257, dtype=dtype), random(50, 257, dtype=dtype, seed=1), random(50, dtype=dtype, seed=2)
+    wide, narrow = poisoned(m, 50, dtype=torch.float32), poisoned(m, 50, dtype=dtype)
+    NATIVE.at(level).linear(x, w, bias, wide)
+    NATIVE.at(level).linear(x, w, bias, narrow)
+    assert torch.equal(wide.to(dtype), narrow)
+    assert_as_good(wide, F.linear(x.float(), w.float(), bias.float()), F.linear(x.double(), w.double(), bias.double()))
+
+
+class Part:
+    """One part of a basis_linear: pivoted or not, with a bias or not; every column of x counts."""
+
+    def __init__(self, outputs: int, rank: int, k: int, pivoted: bool, dtype: torch.dtype, seed: int) -> None:
+        columns = k - rank if pivoted else k
+        shuffled = torch.randperm(k, generator=torch.Generator().manual_seed(seed)).int()
+        self.order = torch.cat([shuffled[:rank].sort()[0], shuffled[rank:].sort()[0]]) if pivoted else None
+        self.basis = (
+            random(rank, columns, dtype=dtype, seed=seed) * columns**-0.5 if columns else random(rank, 0, dtype=dtype)
+        )
+        self.coefficients = random(outputs, rank, dtype=dtype, seed=seed + 1) * rank**-0.5
+        self.bias = random(outputs, dtype=dtype, seed=seed + 2) if seed % 2 else None
+
+    def reference(self, x: torch.Tensor, dtype: torch.dtype, wide: torch.dtype) -> torch.Tensor:
+        """y with both steps in `wide`, z and y rounded to `dtype`."""
+        source, basis = x.to(wide), self.basis.to(wide)
+        if self.order is None:
+            z = source @ basis.T
+        else:
+            source, rank = source[:, self.order.long()], len(basis)
+            z = source[:, :rank] + source[:, rank:] @ basis.T
+        y = z.to(dtype).to(wide) @ self.coefficients.to(wide).T
+        return (y if self.bias is None else y + self.bias.to(wide)).to(dtype)
+
+
+def basis_linear(native: library.Library, x: torch.Tensor, parts: list[Part]) -> torch.Tensor:
+    out = poisoned(len(x), sum(len(part.coefficients) for part in parts), dtype=x.dtype)
+    columns = ([getattr(part, name) for part in parts] for name in ("order", "basis", "coefficients", "bias"))
+    native.basis_linear(x, *columns, out)
+    return out
+
+
+PARTS = {  # outputs, rank, pivoted
+    "one": [(1, 1, True)],
+    "ragged": [(33, 17, True), (5, 40, False), (16, 3, True)],
+    "full rank": [(20, 90, True), (20, 90, False)],
+    "many": [(48, 1 + 11 * i, i % 2 == 0) for i in range(6)],
+}
+
+
+@level
+@dtype
+@pytest.mark.parametrize("m", [1, 2, 17, 33, 70])
+@pytest.mark.parametrize("which", PARTS)
+def test_basis_linear_is_as_exact_as_torch(level: str, dtype: torch.dtype, m: int, which: str) -> None:
+    k = 1 if which == "one" else 90
+    parts = [Part(*shape[:2], k, shape[2], dtype, seed) for seed, shape in enumerate(PARTS[which])]
+    x = random(m, k, dtype=dtype, seed=9)
+    own = torch.cat([part.reference(x, dtype, torch.float32) for part in parts], dim=1)
+    truth = torch.cat([part.reference(x, torch.float64, torch.float64) for part in parts], dim=1)
+    assert_as_good(basis_linear(NATIVE.at(level), x, parts), own, truth)
+    assert basis_linear(NATIVE.at(level), x[:0], parts).shape == (0, own.shape[1])
+
+
+@level
+@dtype
+def test_basis_linear_is_two_linears(level: str, dtype: torch.dtype) -> None:
+    """The same bits as two calls where nothing is pivoted, whatever the company, the threads and the other parts."""
+    native, k = NATIVE.at(level), 700
+    parts = [Part(900, 300, k, False, dtype, 1), Part(70, 31, k, True, dtype, 2), Part(500, 610, k, True, dtype, 4)]
+    x, before = random(70, k, dtype=dtype), torch.get_num_threads()
+    tiles = level == "amx" and dtype == torch.bfloat16  # a lone row does not take them, and adds in another order
+    sizes, last_rows = (2 if tiles else 1, 2, 5, 16, 17, 64, 70), []
+    for m in sizes:
+        torch.set_num_threads(1 + m % 4)
+        out = basis_linear(native, x[-m:].contiguous(), parts)
+        torch.set_num_threads(before)
+        last_rows.append(out[-1])
+        assert torch.equal(out[:, -500:], basis_linear(native, x[-m:].contiguous(), parts[2:]))
+    assert all(torch.equal(row, last_rows[0]) for row in last_rows)
+    z, y = poisoned(70, 300, dtype=dtype), poisoned(70, 900, dtype=dtype)
+    native.linear(x, parts[0].basis, None, z)
+    native.linear(z, parts[0].coefficients, parts[0].bias, y)
+    assert torch.equal(out[:, :900], y)
+
+
+@level
+def test_basis_linear_keeps_nan_and_infinity(level: str) -> None:
+    for dtype in DTYPES:
+        part = Part(40, 20, 50, True, dtype, 1)
+        x, nan, inf = torch.ones(3, 50, dtype=dtype), int(part.order[2]), int(part.order[30])
+        x[1, nan], x[2, inf] = math.nan, math.inf
+        out = basis_linear(NATIVE.at(level), x, [part])
+        assert out[0].isfinite().all() and out[1].isnan().all() and not out[2].isfinite().any()
+
+
+@level
+@dtype
 def test_casts_round_to_nearest_even(level: str, dtype: torch.dtype) -> None:
     bits = torch.arange(0, 1 << 32, 65521, dtype=torch.int64)
     values = torch.cat(

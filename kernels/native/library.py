@@ -28,7 +28,8 @@ _INT, _I64, _F32, _PTR = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_
 _RUN = (_INT, _INT, _INT)  # level, dtype, threads
 _SIGNATURES = {
     "pared_best_level": (),
-    "pared_linear": (*_RUN, *[_PTR] * 4, _INT, *[_I64] * 3),
+    "pared_linear": (*_RUN, *[_PTR] * 4, _INT, _INT, *[_I64] * 3),
+    "pared_basis_linear": (*_RUN, *[_PTR] * 2, _I64, _PTR, *[_I64] * 2),
     "pared_read": (_INT, _INT, _PTR, _I64, _PTR),
     "pared_rms_norm": (*_RUN, *[_PTR] * 3, *[_I64] * 3, _F32),
     "pared_add_rms_norm": (*_RUN, *[_PTR] * 5, *[_I64] * 2, _F32),
@@ -84,7 +85,7 @@ class Library:
         return _LINEAR_ROWS[self.level][dtype]
 
     def linear(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        """out [M, N] = x [M, K] @ w [N, K]^T + bias [N]; x, w, out of one dtype, bias of that or fp32.
+        """out [M, N] = x [M, K] @ w [N, K]^T + bias [N]; x, w, out of one dtype, bias of that or fp32; out may be fp32.
 
         A row's result does not depend on the other rows nor on M, but for bf16 on AMX between M = 1 and M > 1.
         """
@@ -98,6 +99,7 @@ class Library:
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             bias is not None and bias.dtype == torch.float32,
+            out.dtype == torch.float32,
             m,
             w.shape[0],
             k,
@@ -115,23 +117,24 @@ class Library:
         """out [M, sum N]: for each part, coefficients [N, R] @ z + bias [N], side by side.
 
         z [M, R] = basis [R, K] @ x, or with order int32 [K]: x[order[:R]] + basis [R, K - R] @ x[order[R:]],
-        rounded to x's dtype.
+        summed in fp32 and rounded once to x's dtype. Rows depend on each other as those of `linear` do.
         """
-        done = 0
+        words: list[int] = []
         for o, b, c, shift in zip(order, basis, coefficients, bias, strict=True):
-            r = b.shape[0]
-            source = x if o is None else x.index_select(1, o[r:]).contiguous()
-            z = x.new_empty(x.shape[0], r)
-            if source.shape[1]:
-                self.linear(source, b, None, z)
-            else:
-                z.zero_()
-            if o is not None:
-                z += x.index_select(1, o[:r])
-            y = x.new_empty(x.shape[0], c.shape[0])
-            self.linear(z, c, shift, y)
-            out[:, done : done + c.shape[0]] = y
-            done += c.shape[0]
+            rank, columns = b.shape
+            words += (
+                0 if o is None else o.data_ptr(),
+                b.data_ptr(),
+                c.data_ptr(),
+                0 if shift is None else shift.data_ptr(),
+                rank,
+                columns,
+                c.shape[0],
+            )
+        parts = (_I64 * len(words))(*words)
+        self._calls.pared_basis_linear(
+            *self._run(x), x.data_ptr(), parts, len(basis), out.data_ptr(), x.shape[0], x.shape[1]
+        )
 
     def read(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Read every byte of x as fast as the machine allows: the bench's ceiling. out: int64 [1], a checksum."""

@@ -21,20 +21,25 @@ static inline void configure(i64 columns) {
         config.rows[t] = 16;
         config.column_bytes[t] = u16(t == W_TILE ? 2 * TILE_K : 4 * columns);
     }
-    _tile_loadconfig(&config);
+    __asm__ volatile("ldtilecfg %0" : : "m"(config));  // GCC's intrinsic owns up to 8 bytes, and loses the others
 }
+static inline void release() { _tile_release(); }
 
-static i64 row_words(const Linear& a) { return a.m <= TILE_M ? a.m : ceil_div(a.m, TILE_M) * TILE_M; }
-static i64 row_pairs(const Linear& a) { return ceil_div(a.k, TILE_K) * TILE_K / 2; }
-static i64 packed_words(const Linear& a) { return row_words(a) * row_pairs(a); }
+// The words from one pair of columns to the next, and the pairs.
+static inline i64 row_words(i64 m) { return m <= TILE_M ? m : ceil_div(m, TILE_M) * TILE_M; }
+static inline i64 row_pairs(i64 k) { return ceil_div(k, TILE_K) * TILE_K / 2; }
 
-// Two neighbours along K of every row of x, side by side: packed [ceil(k / 32) * 16, ld], zeros where x has nothing.
-static void pack(const Linear& a, u32* packed, i64 ld) {
-    std::memset(packed, 0, packed_words(a) * sizeof(u32));
-    for (i64 m = 0; m < a.m; m++) {
-        const bf16* x = static_cast<const bf16*>(a.x) + m * a.k;
-        for (i64 pair = 0; pair < a.k / 2; pair++) std::memcpy(packed + pair * ld + m, x + 2 * pair, sizeof(u32));
-        if (a.k % 2) packed[a.k / 2 * ld + m] = x[a.k - 1].bits;
+// Two neighbours along K of every row of x, side by side: packed [ceil(k / 32) * 16, ld], zeros behind column k.
+static void pack(const bf16* x, i64 x_stride, const int* order, i64 m, i64 k, u32* packed, i64 begin, i64 end) {
+    const i64 ld = row_words(m), pairs = row_pairs(k);
+    const auto column = [&](i64 i) { return order ? order[i] : i; };
+    for (i64 row = begin; row < end; row++) {
+        const bf16* from = x + row * x_stride;
+        u32* to = packed + row;
+        i64 pair = 0;
+        for (; pair < k / 2; pair++) to[pair * ld] = from[column(2 * pair)].bits | u32(from[column(2 * pair + 1)].bits) << 16;
+        if (k % 2) to[pair++ * ld] = from[column(k - 1)].bits;
+        for (; pair < pairs; pair++) to[pair * ld] = 0;
     }
 }
 
@@ -76,10 +81,10 @@ static inline void zero_sums() {
 // 16 rows of W, from n0 on and `gap` apart, against TILES * 16 rows of x from m0 on; the first `done` rows of W are
 // not stored.
 template <int TILES>
-static void tiles(const Linear& a, const u32* packed, i64 ld, i64 m0, i64 n0, i64 gap, i64 done) {
+static void tiles(const Linear& a, i64 m0, i64 n0, i64 gap, i64 done) {
     const bf16* w = static_cast<const bf16*>(a.w) + n0 * a.k;
-    const u32* x = packed + m0;
-    const i64 stride = gap * a.k;
+    const u32* x = a.packed + m0;
+    const i64 stride = gap * a.k, ld = row_words(a.m);
     zero_sums();
     i64 k = 0;
     for (; k + TILE_K <= a.k; k += TILE_K) {
@@ -95,38 +100,23 @@ static void tiles(const Linear& a, const u32* packed, i64 ld, i64 m0, i64 n0, i6
     take_sums<TILES>(sums);
     for (i64 m = m0; m < least(a.m, m0 + TILES * TILE_M); m++)
         for (i64 r = done; r < ROWS; r++)
-            cast(sums[(m - m0) / TILE_M][r][(m - m0) % TILE_M] + bias_at<bf16>(a.bias, a.bias_is_fp32, n0 + r * gap),
-                 static_cast<bf16*>(a.y) + m * a.n + n0 + r * gap);
+            put<bf16>(a, m, n0 + r * gap, sums[(m - m0) / TILE_M][r][(m - m0) % TILE_M]);
 }
 
 // 16 rows of W against all rows of x.
-static void sixteen(const Linear& a, const u32* packed, i64 ld, i64 n, i64 gap, i64 done) {
+static void sixteen(const Linear& a, i64 n, i64 gap, i64 done) {
     for (i64 m = 0; m < a.m; m += 4 * TILE_M) switch (ceil_div(least(a.m - m, 4 * TILE_M), TILE_M)) {
-            case 1: tiles<1>(a, packed, ld, m, n, gap, done); break;
-            case 2: tiles<2>(a, packed, ld, m, n, gap, done); break;
-            case 3: tiles<3>(a, packed, ld, m, n, gap, done); break;
-            default: tiles<4>(a, packed, ld, m, n, gap, done);
+            case 1: tiles<1>(a, m, n, gap, done); break;
+            case 2: tiles<2>(a, m, n, gap, done); break;
+            case 3: tiles<3>(a, m, n, gap, done); break;
+            default: tiles<4>(a, m, n, gap, done);
         }
 }
 
-// Rows begin .. end as 16 streams (see linear_kernel.h); what is left at W's end is a tile that reaches back.
-static void rows_of(const Linear& a, const u32* packed, i64 ld, i64 begin, i64 end) {
+// Rows begin .. end as 16 streams (see linear_kernel.h); what is left at W's end is a tile that reaches back, so W has
+// 16 rows at least.
+static void rows_of(const Linear& a, i64 begin, i64 end) {
     const i64 gap = (end - begin) / ROWS, left = (end - begin) % ROWS;
-    for (i64 n = begin; n < begin + gap; n++) sixteen(a, packed, ld, n, gap, 0);
-    if (left) sixteen(a, packed, ld, end - ROWS, 1, ROWS - left);
-}
-
-// packed: scratch of packed_words(a) words. Needs a.n >= 16.
-static void linear(const Linear& a, u32* packed) {
-    const i64 columns = least(a.m, TILE_M), ld = row_words(a);
-    const int threads = useful_threads(a.n * a.k * 2, a.threads);
-    const i64 chunk = rows_per_chunk(a.k * 2, a.n, threads);
-    pack(a, packed, ld);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        configure(columns);
-#pragma omp for schedule(dynamic, 1) nowait
-        for (i64 n = 0; n < a.n; n += chunk) rows_of(a, packed, ld, n, least(a.n, n + chunk));
-        _tile_release();
-    }
+    for (i64 n = begin; n < begin + gap; n++) sixteen(a, n, gap, 0);
+    if (left) sixteen(a, end - ROWS, 1, ROWS - left);
 }

@@ -20,7 +20,7 @@ constexpr i64 PREFETCH_BYTES = 512;  // ahead in every row: hardware prefetch al
 template <class T, int MB, int R>
 static inline void block(const Linear& a, i64 m0, i64 n0, i64 gap) {
     using D = Dot<T>;
-    const T *x = static_cast<const T*>(a.x) + m0 * a.k, *w = static_cast<const T*>(a.w) + n0 * a.k;
+    const T *x = static_cast<const T*>(a.x) + m0 * a.x_stride, *w = static_cast<const T*>(a.w) + n0 * a.k;
     const i64 stride = gap * a.k;
     V acc[MB][R];
     for (auto& row : acc)
@@ -34,18 +34,16 @@ static inline void block(const Linear& a, i64 m0, i64 n0, i64 gap) {
             rows[r] = D::take(p);
         }
         for (int m = 0; m < MB; m++) {
-            const auto one = D::take(x + m * a.k + k);
+            const auto one = D::take(x + m * a.x_stride + k);
             for (int r = 0; r < R; r++) acc[m][r] = D::add(acc[m][r], one, rows[r]);
         }
     }
     if (k < a.k)
         for (int m = 0; m < MB; m++)
             for (int r = 0; r < R; r++)
-                acc[m][r] = D::add(acc[m][r], D::take(x + m * a.k + k, a.k - k), D::take(w + r * stride + k, a.k - k));
+                acc[m][r] = D::add(acc[m][r], D::take(x + m * a.x_stride + k, a.k - k), D::take(w + r * stride + k, a.k - k));
     for (int m = 0; m < MB; m++)
-        for (int r = 0; r < R; r++)
-            cast(sum(acc[m][r]) + bias_at<T>(a.bias, a.bias_is_fp32, n0 + r * gap),
-                 static_cast<T*>(a.y) + (m0 + m) * a.n + n0 + r * gap);
+        for (int r = 0; r < R; r++) put<T>(a, m0 + m, n0 + r * gap, sum(acc[m][r]));
 }
 
 // R rows of W against rows m .. of x, MB at a time; returns how far it came.
@@ -66,13 +64,4 @@ static void rows_of(const Linear& a, i64 begin, i64 end) {
         if (a.m == 1) sweep<T, 1, WIDE>(a, 0, n, gap);
         else sweep<T, 1, FEW>(a, sweep<T, 2, FEW>(a, sweep<T, 4, FEW>(a, 0, n, gap), n, gap), n, gap);
     for (i64 n = begin + gap * streams; n < end; n++) sweep<T, 1, 1>(a, 0, n, 1);
-}
-
-template <class T>
-static void linear(const Linear& a) {
-    const i64 row_bytes = a.k * i64(sizeof(T));
-    const int threads = useful_threads(a.n * row_bytes, a.threads);
-    const i64 chunk = rows_per_chunk(row_bytes, a.n, threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (i64 n = 0; n < a.n; n += chunk) rows_of<T>(a, n, least(a.n, n + chunk));
 }

@@ -25,6 +25,7 @@ from .durable import append_line, disk_errors, entry, replace_file, sync_folder,
 from .errors import FolderBusy, FolderExists
 
 _JOURNAL = ".pared.journal"
+_WORK = ".work"
 
 
 @dataclass
@@ -82,6 +83,13 @@ class FolderWriter:
     def holds(self, name: str) -> bool:
         """True when an earlier, interrupted run finished this plain tensor or the unit of this module path."""
         return name in self._finished
+
+    def work(self, name: str) -> Path:
+        """A folder for the finished parts of a step; it is deleted when the target is published."""
+        path = self.partial / _WORK / name
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
 
     def add_plain(self, name: str, tensor: torch.Tensor) -> None:
         """Store a tensor that belongs to no unit."""
@@ -161,6 +169,7 @@ class FolderWriter:
         if self._manifest is None:
             raise ValueError("finish the folder before publishing it")
         _check_target(self.target, self._overwrite)
+        shutil.rmtree(self.partial / _WORK, ignore_errors=True)
         sync_folder(self.partial)
         replacing = self.target.exists()
         if replacing:
@@ -186,8 +195,9 @@ class FolderWriter:
         (self.target / _JOURNAL).unlink()
 
     def close(self) -> None:
-        """Unlock. Finished shards stay in the partial folder for the next run; without any it is removed."""
-        if not self._shards and not self._journal.closed:
+        """Unlock. Finished shards and work stay in the partial folder for the next run; without any it is removed."""
+        worked = any(path.is_file() for path in (self.partial / _WORK).rglob("*"))
+        if not self._shards and not worked and not self._journal.closed:
             shutil.rmtree(self.partial, ignore_errors=True)
         self._journal.close()
 
@@ -242,7 +252,9 @@ class FolderWriter:
             if all(self._is_there(i, len(shards), shard) for i, shard in enumerate(shards)):
                 return shards
         for stale in self.partial.iterdir():
-            if stale.name != _JOURNAL:
+            if stale.is_dir():
+                shutil.rmtree(stale)
+            elif stale.name != _JOURNAL:
                 stale.unlink()
         self._journal.truncate(0)
         self._note({"resume_key": key})

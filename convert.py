@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from .compact_writer import FolderWriter
 from .converters.pack import pack
 from .converters.sources.detect import open_source
 from .converters.sources.source import Source
+from .durable import replace_file
 from .errors import BadParameter, FolderExists
-from .evaluate import Report, measure
+from .evaluate import Report, Row, measure
 from .kernels import dense, formats
 from .kernels.unit import Packed
 
@@ -42,6 +44,7 @@ def convert(
     format: str | None = None,
     dtype: torch.dtype | str | None = None,
     calibration: str | Path | None = None,
+    text: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = True,
     max_shard_bytes: int = SHARD_BYTES,
@@ -49,26 +52,76 @@ def convert(
     """Convert a Hugging Face folder or a GGUF file into the compact folder `dst`, and measure it.
 
     Without a method nothing is lost: every weight keeps its bits, unless `dtype` (bf16, fp16, fp32) casts it.
-    format: storage of every linear module; default is the smallest that fits. calibration: a text file whose
-    perplexity the report gives. `dst` appears only when it is whole and has been loaded; an interrupted
-    conversion resumes. Raises SourceError and FolderError with what to do next.
+    methods: `name:key=value,...` each, in order; they compute in fp32 on what `calibration`, a text file, makes the
+    model see, and the report then has a row for the original too. format: storage of every linear module; default is
+    the smallest that fits. text: a file whose perplexity the report gives. `dst` appears only when it is whole and has
+    been loaded; an interrupted conversion resumes. Raises SourceError and FolderError with what to do next.
     """
-    if methods:
-        raise BadParameter(f"no method is called {methods[0]!r}; this version converts without compressing")
     if format is not None and format not in (known := [module.NAME for module in formats.FORMATS]):
         raise BadParameter(f"no format is called {format!r}; known are {', '.join(known)}")
     cast = _dtype(dtype)
-    text = None if calibration is None else _text(Path(calibration))
+    recipe = _Recipe.read(methods, calibration)
+    measured = None if text is None else _text(Path(text))
     source = open_source(src)
     _refuse_same(Path(src), Path(dst))
-    key = _key(source.fingerprint, str(cast), format, max_shard_bytes)
+    key = _key(source.fingerprint, str(cast), format, max_shard_bytes, *methods, recipe.text)
     with FolderWriter(dst, resume_key=key, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
-        pack(source, writer, cast, format, progress)
-        partial = writer.finish(_config(source, cast), _provenance(source, cast), source.files)
-        row = replace(measure(partial, text, progress=progress), name=Path(dst).name)
-        writer.record({"measured": asdict(row)})
+        before = [_original(source, writer, cast, measured, progress)] if methods else []
+        packed, dtype, done = recipe.run(source, cast, writer, progress)
+        pack(packed, writer, dtype, format, progress)
+        partial = writer.finish(_config(source, cast), _provenance(source, cast, done), source.files)
+        row = replace(measure(partial, measured, progress=progress), name=Path(dst).name)
+        writer.record({"measured": asdict(row)} | ({"original": asdict(before[0])} if before else {}))
         writer.publish()
-    return Report((row,))
+    return Report((*before, row))
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """The methods of a conversion, and the calibration text that they read."""
+
+    steps: Sequence[Any] = ()
+    text: str = ""
+    name: str = ""
+
+    @classmethod
+    def read(cls, methods: Sequence[str], calibration: str | Path | None) -> _Recipe:
+        if not methods:
+            if calibration is not None:
+                raise BadParameter("calibration is what methods read, and none is given; text is what is measured")
+            return cls()
+        from .converters.recipe import parse  # brings transformers, which a plain conversion does without
+
+        steps = parse(methods)
+        if calibration is None:
+            raise BadParameter(f"{steps[0].method.NAME} reads a text; give --calibration FILE")
+        return cls(steps, _text(Path(calibration)), Path(calibration).name)
+
+    def run(
+        self, source: Source, cast: torch.dtype | None, writer: FolderWriter, progress: bool
+    ) -> tuple[Source, torch.dtype | None, list[dict[str, Any]]]:
+        """What to pack, in which dtype, and what was done."""
+        if not self.steps:
+            return source, cast, []
+        from .converters.compress import compress
+
+        packed, stored, done = compress(source, self.steps, self.text, self.name, writer.work, progress)
+        return packed, cast or stored, done
+
+
+def _original(source: Source, writer: FolderWriter, cast: torch.dtype | None, text: str | None, progress: bool) -> Row:
+    """The same weights, dense, in the same dtype: packed beside the work, measured once, and deleted."""
+    place = writer.work("original")
+    known = place / "row.json"
+    if known.exists():
+        return Row(**json.loads(known.read_text()))
+    with FolderWriter(place / "dense", resume_key=source.fingerprint) as dense_writer:
+        pack(source, dense_writer, cast, None, progress)
+        folder = dense_writer.finish(_config(source, cast), {}, source.files)
+        row = replace(measure(folder, text, progress=progress), name="original")
+    replace_file(known, json.dumps(asdict(row)).encode())
+    shutil.rmtree(dense_writer.partial)
+    return row
 
 
 def export(path: str | Path, out: str | Path, *, progress: bool = True, max_shard_bytes: int = SHARD_BYTES) -> Path:
@@ -146,9 +199,9 @@ def _config(source: Source, cast: torch.dtype | None) -> dict[str, Any]:
     return source.config | dict.fromkeys(keys, str(cast).removeprefix("torch."))
 
 
-def _provenance(source: Source, cast: torch.dtype | None) -> dict[str, Any]:
+def _provenance(source: Source, cast: torch.dtype | None, methods: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "source": {"name": source.path.resolve().name, "kind": source.kind, "fingerprint": source.fingerprint},
         "cast": None if cast is None else str(cast).removeprefix("torch."),
-        "methods": [],
+        "methods": methods,
     }

@@ -25,13 +25,14 @@ SAMPLES, LENGTH, SEED = 256, 512, 2023
 WINDOWS = 16
 RECOVERY = {"tokens": 32768, "length": 512, "batch": 2, "lr": 5e-4}
 PROTOCOL = (
-    "The reference is SmolLM2-135M-Instruct dequantised from a Q4_1 GGUF file, not its bf16 checkpoint: its weights lie "
-    "on a 4-bit grid, which adds noise that no low rank catches, so every row looks worse than it would on the original. "
-    f"Method and evaluation in fp32. Calibration: {SAMPLES} windows of {LENGTH} tokens of BoolQ train passages. "
-    f"Perplexity: the first {WINDOWS} windows of {LENGTH} tokens of BoolQ dev passages, joined by blank lines. "
-    f"Recovery: LoRA on the coefficients, {RECOVERY['tokens']} tokens of the training passages at a learning rate of "
-    f"{RECOVERY['lr']:g}. Ratio: share of the block linears' weights taken away; bytes: what a decoded token reads of the "
-    "block linears in bf16, and what of them is stored, over dense, in the best of dense, factored and pivoted layouts."
+    "The reference is SmolLM2-135M-Instruct dequantised from a Q4_1 GGUF file, not its bf16 checkpoint: its weights "
+    "lie on a 4-bit grid, which adds noise that no low rank catches, so every row looks worse than it would on the "
+    f"original. Method and evaluation in fp32. Calibration: {SAMPLES} windows of {LENGTH} tokens of BoolQ train "
+    f"passages. Perplexity: the first {WINDOWS} windows of {LENGTH} tokens of BoolQ dev passages, joined by blank "
+    f"lines. Recovery: LoRA on the coefficients, {RECOVERY['tokens']} tokens of the training passages at a learning "
+    f"rate of {RECOVERY['lr']:g}. Ratio: share of the block linears' weights taken away; bytes: what a decoded token "
+    "reads of the block linears in bf16, and what of them is stored, over dense, in the best of dense, factored and "
+    "pivoted layouts."
 )
 COLUMNS = ("ratio", "group", "share", "perplexity", "recovered", "bytes read", "bytes stored")
 
@@ -110,7 +111,7 @@ def save(results: dict[str, Any], name: str, row: dict[str, Any]) -> None:
 def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows that are there, under COLUMNS."""
     rows = results["rows"]
-    lines = [("0 %", "-", "-", f"{rows['dense']['perplexity']:.2f}", "-", "100.0 %", "100.0 %")]
+    lines: list[tuple[str, ...]] = [("0 %", "-", "-", f"{rows['dense']['perplexity']:.2f}", "-", "100.0 %", "100.0 %")]
     for s in SETTINGS:
         if row := rows.get(s.name):
             recovered = f"{row['recovered']:.2f}" if "recovered" in row else "-"
@@ -184,10 +185,11 @@ def dense_grams() -> Any:
 
 def sizes(model: Any) -> dict[str, float]:
     """Bytes of the block linears over dense in the layout that pack would choose: read per token, and stored."""
+    import torch
+
     from ..converters.layout import encode_group
     from ..converters.modelling import units
     from ..kernels import formats
-    import torch
 
     dense = read = stored = 0
     for unit in units(model).values():

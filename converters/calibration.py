@@ -87,13 +87,15 @@ class LayerWalk:
         self.layers = [model.get_submodule(spec.path(i, "").rstrip(".")) for i in range(len(spec.layers))]
         self.batches = list(tokens.split(batch))
         self._arguments: dict[tuple[int, int], dict[str, Any]] = {}
+        for one in {len(batch): batch for batch in self.batches}.values():
+            self._catch_arguments(one)
         self.hidden = [self._first_input(batch) for batch in self.batches]
 
     @torch.no_grad()
     def run(self, i: int) -> None:
         """Take the hidden states of all windows through layer i."""
         for b, hidden in enumerate(self.hidden):
-            out = self.layers[i](hidden, **self._arguments_of(i, hidden.shape[0]))
+            out = self.layers[i](hidden, **self._arguments[i, hidden.shape[0]])
             self.hidden[b] = out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -108,14 +110,9 @@ class LayerWalk:
                 return caught.hidden
         raise RuntimeError("the first layer was never reached")
 
-    def _arguments_of(self, i: int, rows: int) -> dict[str, Any]:
-        """What layer i receives beside its hidden states: masks and rotary tables, alike for batches of a size."""
-        if (i, rows) not in self._arguments:
-            self._catch_arguments(next(batch for batch in self.batches if batch.shape[0] == rows))
-        return self._arguments[i, rows]
-
     @torch.no_grad()
     def _catch_arguments(self, batch: torch.Tensor) -> None:
+        """What layers receive beside their hidden states: masks and rotary tables, alike for batches of a size."""
         handles = []
         for i, layer in enumerate(self.layers):
 

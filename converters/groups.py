@@ -66,7 +66,9 @@ def runs(spec: Spec, size: int, layers: Sequence[int] | None = None, origins: Se
     cut = [tuple(range(start, min(start + size, count))) for start in range(0, count, size)]
     for run in cut:
         if 0 < len(wanted.intersection(run)) < len(run):
-            raise BadParameter(f"layers cuts the group of layers {run[0]} to {run[-1]} (group={size}); give whole groups")
+            raise BadParameter(
+                f"layers cuts the group of layers {run[0]} to {run[-1]} (group={size}); give whole groups"
+            )
         before = [origins[i] for i in run] if origins is not None else list(run)
         if wanted.intersection(run) and before[-1] - before[0] != len(run) - 1:
             raise BadParameter(

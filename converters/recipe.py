@@ -37,7 +37,7 @@ def parse(recipes: Sequence[str]) -> list[Step]:
 
 def _step(text: str) -> Step:
     name, _, rest = text.partition(":")
-    method = next((m for m in METHODS if m.NAME == name), None)
+    method = next((m for m in METHODS if name == m.NAME), None)
     if method is None:
         raise BadParameter(f"no method is called {name!r}; known are {', '.join(m.NAME for m in METHODS)}")
     annotations = get_type_hints(method.Params)

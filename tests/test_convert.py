@@ -191,7 +191,7 @@ def test_a_compressed_folder_stops_a_stock_loader(tmp_path, src):
 
 def test_the_report_and_its_provenance(tmp_path, src):
     (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 40}" for i in range(100)))
-    report = convert(src, tmp_path / "out", calibration=tmp_path / "text.txt", progress=False)
+    report = convert(src, tmp_path / "out", text=tmp_path / "text.txt", progress=False)
     (row,) = report.rows
     assert row.name == "out"
     assert row.bytes_per_token == sum(decode_traffic(tmp_path / "out").values())
@@ -279,11 +279,13 @@ def test_a_model_type_that_pared_does_not_know(tmp_path, src):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ["magic:blocks=3"]}, "no method is called 'magic:blocks=3'"),
-        ({"format": "zip"}, "no format is called 'zip'; known are dense"),
+        ({"methods": ["magic:blocks=3"]}, "no method is called 'magic'; known are basis_sharing, recover"),
+        ({"methods": ["basis_sharing"]}, "basis_sharing reads a text; give --calibration FILE"),
+        ({"calibration": "text.txt"}, "calibration is what methods read, and none is given"),
+        ({"format": "zip"}, "no format is called 'zip'; known are dense, shared_basis"),
         ({"dtype": "int4"}, "dtype must be bf16, fp16 or fp32, got 'int4'"),
         ({"dtype": torch.float64}, r"got torch\.float64"),
-        ({"calibration": "nowhere.txt"}, r"nowhere\.txt cannot be read"),
+        ({"text": "nowhere.txt"}, r"nowhere\.txt cannot be read"),
     ],
 )
 def test_options_that_do_not_exist(tmp_path, src, options, message):

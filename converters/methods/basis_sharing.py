@@ -71,7 +71,7 @@ def search(
     """
     spec = families.read(model.config.to_dict())
     tokens = calibration.windows(params.samples, params.length, params.seed)
-    plan = runs(spec, params.group, params.layers, getattr(model, "layer_origins", None))
+    plan = _runs(model, spec, params)
     if not all(record.holds(_part(run)) for run in plan):
         factorize_runs(model, spec, params, _walk_grams(model, spec, tokens), record, progress)
     if params.refits and not all(record.holds(_part(run, "refit")) for run in plan):
@@ -95,7 +95,8 @@ def summary(record: Record) -> dict[str, Any]:
             lost, total = sums.get(group["kind"], (0.0, 0.0))
             sums[group["kind"]] = [lost + group["lost"], total + group["total"]]
             shared[group["kind"]] = shared.get(group["kind"], 0) + (len(group["paths"]) > 1)
-    return {"error": {k: (lost / total) ** 0.5 if total else 0.0 for k, (lost, total) in sums.items()}, "shared": shared}
+    errors = {kind: (lost / total) ** 0.5 if total else 0.0 for kind, (lost, total) in sums.items()}
+    return {"error": errors, "shared": shared}
 
 
 # --- factors -------------------------------------------------------------------------------------
@@ -120,8 +121,8 @@ def factorize_runs(
     model: PreTrainedModel, spec: Spec, params: Params, grams: Grams, record: Record, progress: bool
 ) -> None:
     """Factorise run after run, one kind at a time, and save each run. grams(run, paths): mean of x x^T per path."""
-    plan, chosen = runs(spec, params.group, params.layers, getattr(model, "layer_origins", None)), kinds(spec, params.modules)
-    for run in tqdm(plan, "basis sharing", unit="run", disable=not progress):
+    chosen = kinds(spec, params.modules)
+    for run in tqdm(_runs(model, spec, params), "basis sharing", unit="run", disable=not progress):
         if record.holds(_part(run)):
             grams(run, ())
             continue
@@ -136,7 +137,8 @@ def _factors(
     model: PreTrainedModel, spec: Spec, params: Params, run: Run, kind: Kind, grams: dict[str, torch.Tensor]
 ) -> list[tuple[Group, Factors]]:
     """The factors of one kind in one run: of one group or of several, by the chosen rule."""
-    plans = [run.groups(spec, kind, shared) for shared in ((kind.shared,) if params.share == "paper" else (True, False))]
+    rules = (kind.shared,) if params.share == "paper" else (True, False)
+    plans = [run.groups(spec, kind, shared) for shared in rules]
     found = [[(g, _factorize(model, spec, params, g, grams)) for g in groups] for groups in plans]
     if len(found) == 1:
         return found[0]
@@ -152,7 +154,9 @@ def _factorize(
 
 
 def _pooled(group: Group, grams: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.stack([grams[path] for path in group.observed]).sum(0) if len(group.paths) > 1 else grams[group.observed[0]]
+    """The group's inputs taken together."""
+    first, *others = (grams[path] for path in group.observed)
+    return sum(others, start=first)
 
 
 def _own_loss(
@@ -173,7 +177,7 @@ def refit_runs(
 ) -> None:
     """Refit the coefficients of every run under the inputs that the compressed model, before any refit, gives it."""
     walk, done = LayerWalk(model, spec, tokens), iter(range(len(spec.layers)))
-    for run in tqdm(runs(spec, params.group, params.layers), "refitting", unit="run", disable=not progress):
+    for run in tqdm(_runs(model, spec, params), "refitting", unit="run", disable=not progress):
         dense = {path: model.get_submodule(path) for path in _paths(record, run)}
         weights = {path: weight_of(model, path, spec.transposed) for path in dense}
         facts = record.facts(_part(run))
@@ -200,7 +204,8 @@ def _refitted(
 ) -> dict[str, torch.Tensor]:
     """A run's tensors with new coefficients."""
     for g, group in enumerate(facts["groups"]):
-        gram = torch.stack([grams[path] for path in group["observed"]]).sum(0)
+        first, *others = (grams[path] for path in group["observed"])
+        gram = sum(others, start=first)
         targets = [weights[path].double() for path in group["paths"]]
         found = refit(targets, tensors[f"{g}.basis"].double().t(), gram)
         tensors |= {f"{g}.coefficients.{j}": c.float().contiguous() for j, c in enumerate(found)}
@@ -208,6 +213,11 @@ def _refitted(
 
 
 # --- parts of the record -------------------------------------------------------------------------
+
+
+def _runs(model: PreTrainedModel, spec: Spec, params: Params) -> list[Run]:
+    """The runs to compress; a method that removed blocks leaves `layer_origins`, their former indices, on the model."""
+    return runs(spec, params.group, params.layers, getattr(model, "layer_origins", None))
 
 
 def _part(run: Run, step: str = "") -> str:

@@ -124,7 +124,7 @@ def _adapters(model: PreTrainedModel, paths: list[str], params: Params) -> Itera
     finally:
         for path, module in closed.items():
             replace_linear(model, path, module)
-        model.eval()
+        model.__dict__.pop("peft_config", None)  # else the next training would think these adapters still there
 
 
 def _merged(layer: Any) -> torch.Tensor:
@@ -138,11 +138,11 @@ def _train(
     """One pass over batches [S, B, T]: the losses, and why it ended early. Adapters end as their last good state."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=params.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_peak(step, len(batches)))
-    losses = _resume(record, trained, optimizer, schedule)
+    losses = _resume(record, trained, optimizer)
     good = {name: p.detach().clone() for name, p in trained.items()}
     bar = tqdm(range(len(losses), len(batches)), "recovering", unit="step", disable=not progress)
     for step in bar:
+        optimizer.param_groups[0]["lr"] = params.lr * _share_of_peak(step, len(batches))
         loss = _loss(model, batches[step])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -151,7 +151,6 @@ def _train(
             return losses, f"the loss of step {step} was {loss.item()}, its gradient {norm.item()}; try a smaller lr"
         good = {name: p.detach().clone() for name, p in trained.items()}
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}")
@@ -179,7 +178,7 @@ def _state(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -
     return flat
 
 
-def _resume(record: Record, trained: dict[str, nn.Parameter], optimizer: Any, schedule: Any) -> list[float]:
+def _resume(record: Record, trained: dict[str, nn.Parameter], optimizer: Any) -> list[float]:
     """Take up the last saved step, if there is one; returns the losses so far."""
     if not record.holds("step"):
         return []
@@ -187,8 +186,6 @@ def _resume(record: Record, trained: dict[str, nn.Parameter], optimizer: Any, sc
     for name, p in trained.items():
         p.data.copy_(saved[f"adapter/{name}"])
         optimizer.state[p] = {key: saved[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    for _ in losses:
-        schedule.step()
     return losses
 
 

@@ -162,7 +162,8 @@ def folder_report(folder: Folder) -> FolderReport:
         fresh = [name for name in unit.tensors.values() if name not in seen]
         seen.update(fresh)
         compact = sum(_bytes(manifest.tensors[name]) for name in fresh)
-        item = max((ITEM_BYTES[manifest.tensors[name].dtype] for name in unit.tensors.values()), default=0)
+        dtypes = {manifest.tensors[name].dtype for name in unit.tensors.values()}
+        item = max((ITEM_BYTES[dtype] for dtype in dtypes if "F" in dtype), default=0)  # indices are no weights
         form, rank = _form(folder, unit)
         for i, (path, shape) in enumerate(unit.modules.items()):
             dense = math.prod(shape) * item + _bias_bytes(folder, unit.tensors, path) if fresh else 0

@@ -101,6 +101,15 @@ def test_inspect_tells_form_ranks_and_groups(tmp_path):
     assert report.as_json()["kinds"][0].keys() >= {"form", "ranks", "groups"}
 
 
+def test_inspect_counts_dense_bytes_in_the_dtype_of_the_weights():
+    """Pivots are int32 whatever the weights are."""
+    with open_folder(GOLDEN) as folder:
+        kinds = {(kind.kind, kind.form): kind for kind in folder_report(folder).kinds}
+    assert kinds["mlp.gate_proj", "pivoted"].dense_bytes == 2 * 12 * 8 * 2
+    assert kinds["mlp.gate_proj", "pivoted"].compact_bytes == (6 * 2 + 2 * 12 * 6) * 2 + 6 * 4
+    assert kinds["mlp.down_proj", "pivoted"].dense_bytes == kinds["mlp.down_proj", "factored"].dense_bytes
+
+
 # --- broken folders ---------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import subprocess
 import sys
@@ -84,6 +85,31 @@ def test_dtypes_and_moving(tmp_path):
     before = back(TOKENS).logits
     back.load_state_dict(state)
     assert not torch.equal(back(TOKENS).logits, before)
+
+
+def test_a_copy_shares_its_own_basis(tmp_path):
+    folder, plain = written(tmp_path / "out")
+    model = auto(folder)
+    copied = copy.deepcopy(model)
+    first, second = (copied.model.layers[i].self_attn.q_proj for i in (0, 1))
+    assert first.unit is second.unit and first.unit is not model.model.layers[0].self_attn.q_proj.unit
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.basis.zero_()
+    assert close(copied(TOKENS).logits[0], plain(TOKENS).logits[0])
+
+
+def test_continuous_batching_treats_it_as_any_other_model(tmp_path):
+    folder, plain = written(tmp_path / "out")
+    greedy = hf.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=99, pad_token_id=0)
+    paging = hf.ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=32)
+    prompts = [TOKENS[0].tolist(), TOKENS[0, :3].tolist()]
+
+    def answers(model: hf.PreTrainedModel) -> dict[tuple[int, ...], list[int]]:
+        done = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=paging)
+        return {tuple(answer.prompt_ids): answer.generated_tokens for answer in done.values()}
+
+    found = answers(auto(folder))
+    assert len(found) == 2 and found == answers(plain)
 
 
 def test_the_backbone_alone(tmp_path):

@@ -103,7 +103,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     if y.numel() == 0:
         return y
     name = tuning.target()
-    tile = _tile(m, x.dtype, name)
+    tile = tuning.linear_tile(m, x.dtype, name)
     programs = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
     splits = tuning.splits(programs, k, tile, name)
     k_split = triton.cdiv(triton.cdiv(k, tile.k), splits) * tile.k
@@ -120,12 +120,3 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         blocks_of_y = (triton.cdiv(m * n, SUM_BLOCK),)
         _sum_partials[blocks_of_y](out, bias, y, m * n, n, SPLITS=splits, HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK)
     return y
-
-
-def _tile(m: int, dtype: torch.dtype, name: str) -> tuning.Tile:
-    """The launch of M = m rows on target `name`."""
-    if m == 1:
-        tile = tuning.GEMV.get(name, tuning.GEMV["default"])
-    else:
-        tile = tuning.pick(tuning.GEMM.get(name, tuning.GEMM["default"]), m)
-    return tile._replace(k=tile.k // 2) if dtype == torch.float32 else tile

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 
 from .dispatch import interpreting
@@ -50,6 +51,24 @@ GEMM = {
     "interpret": (Tile(16, 256, 256, warps=1, stages=1), Tile(128, 256, 256, warps=1, stages=1)),
 }
 
+# Both launches of shared_basis at M = 1, the first tile that fills the machine: its rows are short, so a program takes
+# many of them to be worth its start, and shares what it gathered among them. A program loads one step ahead: 16 KiB.
+BASIS_GEMV = {
+    "default": (
+        Tile(1, 16, 256, warps=4, stages=1),
+        Tile(1, 8, 512, warps=4, stages=1),
+        Tile(1, 4, 1024, warps=4, stages=1),
+    ),
+    "interpret": (Tile(1, 1024, 1024, warps=1, stages=1),),
+}
+
+# M > 1, the first launch, which gathers a tile of x for as many outputs as it can.
+BASIS_GEMM = {
+    "default": (Tile(16, 32, 128, warps=4, stages=4), Tile(64, 64, 64, warps=4, stages=4)),
+    "gfx942": (Tile(16, 32, 128, warps=4, stages=2), Tile(64, 64, 64, warps=4, stages=2)),
+    "interpret": (Tile(16, 256, 256, warps=1, stages=1), Tile(128, 256, 256, warps=1, stages=1)),
+}
+
 # Attention: m query rows (times the heads that share a key head) against n keys a step.
 ATTENTION = {
     "default": (Tile(16, 64, 0, warps=4, stages=2), Tile(64, 64, 0, warps=4, stages=2)),
@@ -72,9 +91,31 @@ def target() -> str:
     return f"sm_{current.arch}" if current.backend == "cuda" else str(current.arch)
 
 
+def overlaps(name: str) -> bool:
+    """True where a launch may begin while the one ahead of it still runs and wait inside: NVIDIA from sm_90 on."""
+    return name.startswith("sm_") and int(name[3:]) >= 90
+
+
 def pick(tiles: tuple[Tile, ...], rows: int) -> Tile:
     """The first tile that holds `rows`, else the largest."""
     return next((tile for tile in tiles if tile.m >= rows), tiles[-1])
+
+
+def linear_tile(m: int, dtype: torch.dtype, name: str, gemm: dict[str, tuple[Tile, ...]] = GEMM) -> Tile:
+    """The launch of M = m rows of `dtype` on target `name`, from GEMV or `gemm`."""
+    tile = GEMV.get(name, GEMV["default"]) if m == 1 else pick(gemm.get(name, gemm["default"]), m)
+    return _of_dtype(tile, dtype)
+
+
+def basis_gemv_tile(outputs: tuple[int, ...], dtype: torch.dtype, name: str) -> Tile:
+    """The launch of M = 1 for parts of so many outputs: three programs and more a multiprocessor, 48 KiB in flight."""
+    tiles, wanted = BASIS_GEMV.get(name, BASIS_GEMV["default"]), 3 * MULTIPROCESSORS.get(name, 132)
+    filling = (tile for tile in tiles if sum(triton.cdiv(n, tile.n) for n in outputs) >= wanted)
+    return _of_dtype(next(filling, tiles[-1]), dtype)
+
+
+def _of_dtype(tile: Tile, dtype: torch.dtype) -> Tile:
+    return tile._replace(k=tile.k // 2) if dtype == torch.float32 else tile
 
 
 def splits(programs: int, k: int, tile: Tile, name: str) -> int:

@@ -47,13 +47,31 @@ class BasisLinear(nn.Module):
 def instantiate(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, in evaluation mode, frozen. dtype: default is that of the stored embedding.
 
-    Everything is held against the config, as when a folder is packed; code of the checkpoint never runs.
+    Units that the checkpoint brings become BasisLinear modules. Everything is held against the config, as when a
+    folder is packed; code of the checkpoint never runs.
     """
     spec = families.read(source.config)
     stream = Stream(source, spec)
+    compressed = list(source.units()) if source.units else []
+    for unit in compressed:
+        stream.serve(unit)
     state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in stream.named()}
     stream.close()
-    return from_state(source.config, state)
+    kind = state[f"{spec.names.embed}.weight"].dtype
+    replaced = {f"{path}.{role}" for unit in compressed for path in unit.modules for role in ("weight", "bias")}
+    for name in replaced & stream.shapes.keys():  # one zero stands in for each weight that a BasisLinear replaces
+        state[name] = torch.zeros((), dtype=kind).expand(stream.shapes[name])
+    model = from_state(source.config, state)
+    for unit in compressed:
+        _replace_group(model, unit, kind)
+    return model
+
+
+def _replace_group(model: nn.Module, unit: Unit, dtype: torch.dtype) -> None:
+    tensors = {role: tensor.to(dtype) for role, tensor in unit.tensors.items()}
+    basis = nn.Parameter(tensors["basis"], requires_grad=False)
+    for path in unit.modules:
+        replace_linear(model, path, BasisLinear(basis, tensors[COEFFICIENTS + path], tensors.get(BIAS + path)))
 
 
 def from_state(config: dict[str, Any], state: dict[str, torch.Tensor]) -> PreTrainedModel:

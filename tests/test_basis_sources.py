@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,11 @@ import transformers as hf
 from safetensors.torch import save_file
 
 from pared import errors, families
+from pared.compact import open_folder
+from pared.compact_writer import FolderWriter
 from pared.convert import convert, export
+from pared.converters import modelling
+from pared.converters.pack import pack
 from pared.converters.sources.detect import open_source
 from pared.runtime.loader import load
 from pared.tests import compressed, tiny
@@ -99,6 +104,45 @@ def test_converted_it_gives_the_logits_of_two_plain_products(tmp_path, case):
     assert (dense.eval()(TOKENS).logits - expected).abs().max() <= 1e-5 * scale
     assert (model(TOKENS).logits - expected).abs().max() > 1e-2 * scale
     assert load(tmp_path / "out", device="cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_becomes_a_model_in_memory(tmp_path, case):
+    """What methods and recovery work on: BasisLinear modules, one basis to a group."""
+    name, groups = CASES[case]
+    model = tiny.model(name)
+    made = compressed.units(model, groups)
+    ours = modelling.instantiate(open_source(compressed.publish(tmp_path / "src", model, groups)))
+    assert sum(isinstance(module, modelling.BasisLinear) for module in ours.modules()) == sum(map(len, made))
+    expected = compressed.plain_model(model, made)(TOKENS).logits
+    assert (ours(TOKENS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    found = modelling.units(ours)
+    assert found.keys() == made.keys() and all(same_unit(found[paths], made[paths]) for paths in made)
+
+
+def test_an_interrupted_conversion_goes_on_after_its_units(tmp_path):
+    path = compressed.publish(tmp_path / "src", tiny.model("llama"), LLAMA)
+    source = open_source(path)
+
+    def some():
+        for i, unit in enumerate(source.units()):
+            if i == 4:
+                raise KeyboardInterrupt
+            yield unit
+
+    def run(target: Path, units) -> Path:
+        with FolderWriter(target, resume_key="k", max_shard_bytes=1000) as writer:
+            pack(replace(source, units=units), writer, progress=False)
+            writer.finish(source.config, {}, {})
+            return writer.publish()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", some)
+    kept = sorted(file.name for file in (tmp_path / "out.partial").glob("shard-*"))
+    assert kept
+    whole, resumed = run(tmp_path / "whole", source.units), run(tmp_path / "out", source.units)
+    with open_folder(whole) as a, open_folder(resumed) as b:
+        assert a.manifest == b.manifest
 
 
 def test_kinds_and_layers_without_a_basis_are_dense(tmp_path):

@@ -84,7 +84,7 @@ def reference(x: torch.Tensor, packed: Packed, path: str) -> torch.Tensor:
 def prepare(packed: Packed, device: torch.device | str) -> Prepared:
     """weight [N, K] and bias [N] or None on `device`; nothing is copied that already lies right."""
     weight, bias = _weight(packed).to(device).contiguous(), packed.tensors.get("bias")
-    outputs = {path: (n,) for path, (n, _) in packed.modules.items()}
+    outputs: dict[str, tuple[int, ...]] = {path: (n,) for path, (n, _) in packed.modules.items()}
     return Prepared(NAME, outputs, (weight, None if bias is None else bias.to(device)))
 
 

@@ -63,7 +63,9 @@ class BuildPy(build_py):
             print(f"pared: compiled {built.name}")
 
 
+TRAIN = ["peft>=0.17"]
 TEST = [
+    *TRAIN,
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -99,7 +101,7 @@ setup(
         "typer>=0.16",
         "rich>=13.7",
     ],
-    extras_require={"test": TEST, "bench": BENCH},
+    extras_require={"test": TEST, "train": TRAIN, "bench": BENCH},
     entry_points={"console_scripts": [f"{PKG}={PKG}.cli:main"]},
     cmdclass={"build_py": BuildPy},
     # The library is loaded through ctypes: any Python 3, one platform.

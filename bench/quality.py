@@ -34,7 +34,7 @@ PROTOCOL = (
     "reads of the block linears in bf16, and what of them is stored, over dense, in the best of dense, factored and "
     "pivoted layouts."
 )
-COLUMNS = ("ratio", "group", "share", "perplexity", "recovered", "bytes read", "bytes stored")
+COLUMNS = ("ratio", "group", "share", "ranks", "perplexity", "recovered", "bytes read", "bytes stored")
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,17 @@ class Setting:
     ratio: int
     group: int
     share: str = "paper"
+    ranks: str = "paper"
 
     @property
     def name(self) -> str:
-        return f"{self.ratio}-g{self.group}" + ("" if self.share == "paper" else f"-{self.share}")
+        extras = [extra for extra in (self.share, self.ranks) if extra != "paper"]
+        return "-".join([str(self.ratio), f"g{self.group}", *extras])
 
     @property
     def recipe(self) -> str:
         return (
-            f"basis_sharing:ratio={self.ratio},group={self.group},share={self.share},"
+            f"basis_sharing:ratio={self.ratio},group={self.group},share={self.share},ranks={self.ranks},"
             f"samples={SAMPLES},length={LENGTH},seed={SEED}"
         )
 
@@ -61,6 +63,7 @@ SETTINGS = (
     *(Setting(ratio, group) for ratio in (10, 20, 30, 40, 50) for group in (1, 2)),
     Setting(20, 4),
     Setting(20, 2, "auto"),
+    *(Setting(ratio, group, ranks="pivoted") for ratio in (10, 20) for group in (1, 2)),
 )
 
 
@@ -111,12 +114,16 @@ def save(results: dict[str, Any], name: str, row: dict[str, Any]) -> None:
 def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows that are there, under COLUMNS."""
     rows = results["rows"]
-    lines: list[tuple[str, ...]] = [("0 %", "-", "-", f"{rows['dense']['perplexity']:.2f}", "-", "100.0 %", "100.0 %")]
+    lines: list[tuple[str, ...]] = [
+        ("0 %", "-", "-", "-", f"{rows['dense']['perplexity']:.2f}", "-", "100.0 %", "100.0 %")
+    ]
     for s in SETTINGS:
         if row := rows.get(s.name):
             recovered = f"{row['recovered']:.2f}" if "recovered" in row else "-"
             sizes = (f"{100 * row[key]:.1f} %" for key in ("read", "stored"))
-            lines.append((f"{s.ratio} %", str(s.group), s.share, f"{row['perplexity']:.2f}", recovered, *sizes))
+            lines.append(
+                (f"{s.ratio} %", str(s.group), s.share, s.ranks, f"{row['perplexity']:.2f}", recovered, *sizes)
+            )
     return lines
 
 

@@ -40,6 +40,17 @@ def rank(ratio: float, outputs: int, inputs: int, size: int) -> int:
     return max(1, min(kept, inputs, size * outputs))
 
 
+def pivoted_rank(ratio: float, outputs: int, inputs: int, size: int) -> int:
+    """The larger rank R at which a pivoted group keeps 1 - ratio: R of the inputs need no stored column of basis.
+
+    R (inputs - R) + R size outputs = (1 - ratio) inputs size outputs, rounded down; at least 1.
+    """
+    stacked = size * outputs
+    total = inputs + stacked
+    kept = int((total - (total**2 - 4 * (1 - ratio) * inputs * stacked) ** 0.5) / 2)
+    return max(1, min(kept, inputs, stacked))
+
+
 def factorize(weights: list[torch.Tensor], gram: torch.Tensor, r: int) -> Factors:
     """The best rank-r factors of weights [N, K] each under gram [K, K], all fp64."""
     stacked = torch.cat(weights)

@@ -12,7 +12,7 @@ from pared import families
 from pared.converters import recipe
 from pared.converters.calibration import Calibration
 from pared.converters.groups import kinds, runs
-from pared.converters.low_rank import factorize, rank, refit, weighted_loss
+from pared.converters.low_rank import factorize, pivoted_rank, rank, refit, weighted_loss
 from pared.converters.methods import basis_sharing
 from pared.converters.modelling import BasisLinear, units
 from pared.converters.record import Record
@@ -135,6 +135,17 @@ def test_the_ranks_of_llama_2_7b_are_the_published_ones(ratio, attention, ffn_in
     shared = 3 * attention * (4096 + 2 * 4096) + 2 * ffn_in * (4096 + 2 * 11008)
     stored = shared + 2 * out * (4096 + 4096) + 2 * down * (11008 + 4096)
     assert stored / (2 * (4 * 4096**2 + 3 * 4096 * 11008)) == pytest.approx(1 - share, abs=1e-3)
+
+
+@pytest.mark.parametrize(("n", "k", "size"), [(4096, 4096, 1), (11008, 4096, 2), (576, 1536, 1), (192, 576, 2)])
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.5])
+def test_pivoted_ranks_fill_the_ratio_with_what_pivoting_stores(n, k, size, ratio):
+    def stored(r: int) -> int:
+        return r * (k - r) + r * n * size
+
+    r = pivoted_rank(ratio, n, k, size)
+    assert stored(r) <= (1 - ratio) * n * k * size < stored(r + 1)
+    assert rank(ratio, n, k, size) < r <= min(k, n * size)
 
 
 def test_ranks_stay_within_the_matrix():

@@ -21,7 +21,7 @@ from ... import families
 from ...spec import Spec
 from ..calibration import Calibration, LayerWalk, gram_of_inputs
 from ..groups import Group, Kind, Run, kinds, runs
-from ..low_rank import Factors, factorize, rank, refit, weighted_loss
+from ..low_rank import Factors, factorize, pivoted_rank, rank, refit, weighted_loss
 from ..modelling import BasisLinear, replace_linear, weight_of
 from ..record import Record
 
@@ -35,12 +35,14 @@ class Params:
     """ratio: percent of the block linears' weights to take away. group: layers that share. samples x length: tokens.
 
     share: the paper's rule, or whichever of shared and separate has the smaller weighted error at equal bytes.
+    ranks: the paper's, which count a stored basis in full, or the larger ones that pivoted storage has room for.
     refit: auto does it from 40 % on. layers, modules: only these.
     """
 
     ratio: float = 20.0
     group: int = 2
     share: Literal["paper", "auto"] = "paper"
+    ranks: Literal["paper", "pivoted"] = "paper"
     samples: int = 256
     length: int = 2048
     seed: int = 2023
@@ -150,7 +152,8 @@ def _factorize(
 ) -> Factors:
     weights = [weight_of(model, path, spec.transposed).double() for path in group.paths]
     outputs, inputs = weights[0].shape
-    return factorize(weights, _pooled(group, grams), rank(params.ratio / 100, outputs, inputs, group.size))
+    count = rank if params.ranks == "paper" else pivoted_rank
+    return factorize(weights, _pooled(group, grams), count(params.ratio / 100, outputs, inputs, group.size))
 
 
 def _pooled(group: Group, grams: dict[str, torch.Tensor]) -> torch.Tensor:

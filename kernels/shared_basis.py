@@ -27,6 +27,9 @@ Paths of `apply`, by the number of rows M:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -40,6 +43,9 @@ NAME = "shared_basis"
 VERSION = 1
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COEFFICIENTS, BIAS = "coefficients.", "bias."
+
+Tensors = Sequence[Any]
+"""Order or None, basis, coefficients, bias or None of one module after the other."""
 
 ALIGN = 16
 """Elements, on a GPU: Triton knows of an integer only whether 16 divides it, and then loads 16 bytes at once."""
@@ -140,7 +146,8 @@ def prepare(packed: Packed, device: torch.device | str) -> Prepared:
     """Four tensors a module: order int32 [K] or None, basis, coefficients, bias or None; the first two are shared.
 
     For a GPU rows of basis and coefficients end in zero columns up to a multiple of ALIGN, where they do not end there
-    anyway: 0.2 to 0.9 % more bytes at the ranks of 7B models, which `traffic` leaves out.
+    anyway: 0.2 to 0.9 % more bytes at the ranks of 7B models, which `traffic` leaves out. For a CPU there are also the
+    words by which the native kernel finds the tensors: made once, since a token takes a hundred calls and more.
     """
 
     def laid(weight: torch.Tensor) -> torch.Tensor:
@@ -154,20 +161,20 @@ def prepare(packed: Packed, device: torch.device | str) -> Prepared:
     for path in packed.modules:
         bias = packed.tensors.get(BIAS + path)
         tensors += [order, basis, laid(packed.tensors[COEFFICIENTS + path]), None if bias is None else bias.to(device)]
-    return Prepared(NAME, {path: (n,) for path, (n, _) in packed.modules.items()}, tuple(tensors))
+    outputs: dict[str, tuple[int, ...]] = {path: (n,) for path, (n, _) in packed.modules.items()}
+    return Prepared(NAME, outputs, tuple(tensors), _words(tensors))
 
 
 def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
     """One Prepared for modules of several units with the same input; nothing is copied."""
     tensors = tuple(t for prepared, path in parts for t in _parts(prepared, path)[0])
     widths = tuple(n for prepared, path in parts for n in prepared.outputs[path])
-    return Prepared(NAME, {parts[0][1]: widths}, tensors)
+    return Prepared(NAME, {parts[0][1]: widths}, tensors, _words(tensors))
 
 
 def apply(x: torch.Tensor, prepared: Prepared, path: str) -> torch.Tensor:
     """x [M, K] contiguous -> y [M, sum N] of every module stacked under `path`."""
-    order, basis, coefficients, bias = zip(*_parts(prepared, path), strict=True)
-    return _BASIS_LINEAR(x, order, basis, coefficients, bias)
+    return _BASIS_LINEAR(x, *_parts(prepared, path))
 
 
 def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
@@ -245,39 +252,72 @@ def _order(pivots: torch.Tensor, inputs: int) -> torch.Tensor:
     return torch.cat([pivots.long(), rest])
 
 
-def _parts(prepared: Prepared, path: str) -> list[tuple[torch.Tensor | None, ...]]:
-    """The (order, basis, coefficients, bias) of each module under `path`."""
+def _parts(prepared: Prepared, path: str) -> tuple[Tensors, tuple[int, ...]]:
+    """Order, basis, coefficients, bias of each module under `path`; and the words of all."""
     before = 0
     for other, widths in prepared.outputs.items():
+        after = before + len(widths)
         if other == path:
-            flat = prepared.tensors[4 * before : 4 * (before + len(widths))]
-            return [flat[i : i + 4] for i in range(0, len(flat), 4)]
-        before += len(widths)
+            words = prepared.ints[library.BASIS_WORDS * before : library.BASIS_WORDS * after]
+            return prepared.tensors[4 * before : 4 * after], words
+        before = after
     raise KeyError(f"{path} is not served here; known are {list(prepared.outputs)}")
 
 
-def _check(x: torch.Tensor, order: list, basis: list, coefficients: list, align: int = 1) -> None:
+def _columns(parts: Tensors) -> list[list[Any]]:
+    """Every order, every basis, every coefficients, every bias."""
+    return [list(parts[i::4]) for i in range(4)]
+
+
+def _words(parts: Tensors) -> tuple[int, ...]:
+    """How the native kernel finds these tensors, which are checked for it; nothing for another device's."""
+    if any(t is not None and t.device.type != "cpu" for t in parts):
+        return ()
+    _check_parts(parts, _inputs(parts))
+    return tuple(word for i in range(0, len(parts), 4) for word in library.basis_words(*parts[i : i + 4]))
+
+
+def _inputs(parts: Tensors) -> int:
+    """K, by the first module: its rows must not be padded."""
+    order, basis = parts[:2]
+    return len(order) if order is not None else basis.shape[1]
+
+
+def _check_input(x: torch.Tensor, inputs: int, dtype: torch.dtype) -> None:
+    if x.dim() != 2 or x.shape[1] != inputs or x.dtype != dtype or not x.is_contiguous():
+        raise ValueError(
+            f"basis_linear wants contiguous x [M, {inputs}] of {dtype}, "
+            f"got {tuple(x.shape)} of {x.dtype} with strides {x.stride()}"
+        )
+
+
+def _check_parts(parts: Tensors, inputs: int, align: int = 1) -> None:
     """align: rows of basis and coefficients may end in zero columns up to a multiple of it."""
 
     def as_wide(weight: torch.Tensor, columns: int) -> bool:
         return weight.shape[1] in (columns, -(-columns // align) * align)
 
-    for o, b, c in zip(order, basis, coefficients, strict=True):
-        rank, pivots = b.shape[0], 0 if o is None else b.shape[0]
-        matching = x.dim() == 2 and as_wide(b, x.shape[1] - pivots) and x.dtype == b.dtype
-        if not matching or not x.is_contiguous():
+    for order, basis, coefficients, bias in zip(*_columns(parts), strict=True):
+        rank = basis.shape[0]
+        kept = [t for t in (basis, coefficients, bias) if t is not None]
+        if (
+            not as_wide(basis, inputs - (0 if order is None else rank))
+            or not as_wide(coefficients, rank)
+            or (order is not None and (order.shape, order.dtype) != ((inputs,), torch.int32))
+            or (bias is not None and bias.shape != coefficients.shape[:1])
+            or not all(t.dtype == parts[1].dtype and t.is_contiguous() for t in kept)
+        ):
+            found = "; ".join(f"{tuple(t.shape)} of {t.dtype}" for t in kept)
             raise ValueError(
-                f"basis_linear wants contiguous x [M, {b.shape[1] + pivots}] of {b.dtype}, "
-                f"got {tuple(x.shape)} of {x.dtype} with strides {x.stride()}"
+                f"basis_linear: basis, coefficients and bias are {found}; {'not ' if order is None else ''}pivoted, "
+                f"for {inputs} inputs: they do not meet"
             )
-        if not as_wide(c, rank) or c.dtype != x.dtype or (o is not None and o.shape != (x.shape[1],)):
-            raise ValueError(f"basis_linear: basis {tuple(b.shape)} and coefficients {tuple(c.shape)} do not meet")
 
 
-def _torch_path(x: torch.Tensor, order: list, basis: list, coefficients: list, bias: list) -> torch.Tensor:
+def _torch_path(x: torch.Tensor, parts: Tensors) -> torch.Tensor:
     """Two of torch's linears a module: the best there is once compute and not bytes is the limit."""
     outputs = []
-    for o, b, c, shift in zip(order, basis, coefficients, bias, strict=True):
+    for o, b, c, shift in zip(*_columns(parts), strict=True):
         rank = b.shape[0]
         if o is None:
             z = F.linear(x, b[:, : x.shape[1]])
@@ -288,34 +328,41 @@ def _torch_path(x: torch.Tensor, order: list, basis: list, coefficients: list, b
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _basis_linear_cpu(x: torch.Tensor, order: list, basis: list, coefficients: list, bias: list) -> torch.Tensor:
-    _check(x, order, basis, coefficients)
+def _basis_linear_cpu(x: torch.Tensor, parts: Tensors, words: Sequence[int]) -> torch.Tensor:
+    words = words or _words(parts)
+    _check_input(x, _inputs(parts), parts[1].dtype)
     native = library.load()
     if native is None:
         fallback("basis_linear", library.why_not())
     elif x.shape[0] <= native.linear_rows(x.dtype):
-        y = x.new_empty(x.shape[0], sum(c.shape[0] for c in coefficients))
-        native.basis_linear(x, order, basis, coefficients, bias, y)
+        y = x.new_empty(x.shape[0], _width(parts))
+        native.basis_linear(x, words, y)
         return y
-    return _torch_path(x, order, basis, coefficients, bias)
+    return _torch_path(x, parts)
 
 
-def _basis_linear_gpu(x: torch.Tensor, order: list, basis: list, coefficients: list, bias: list) -> torch.Tensor:
-    _check(x, order, basis, coefficients, ALIGN)
+def _basis_linear_gpu(x: torch.Tensor, parts: Tensors, words: Sequence[int]) -> torch.Tensor:
+    inputs = x.shape[-1] if parts[0] is None else len(parts[0])
+    _check_input(x, inputs, parts[1].dtype)
+    _check_parts(parts, inputs, ALIGN)
     kernels = ops.triton_kernels("basis")
     if kernels is None:
         fallback("basis_linear", "Triton is not installed")
     elif x.shape[0] <= GPU_ROWS[x.dtype] or interpreting():
-        return kernels.basis_linear(x, order, basis, coefficients, bias)
-    return _torch_path(x, order, basis, coefficients, bias)
+        return kernels.basis_linear(x, *_columns(parts))
+    return _torch_path(x, parts)
 
 
-def _basis_linear_fake(x: torch.Tensor, order: list, basis: list, coefficients: list, bias: list) -> torch.Tensor:
-    return x.new_empty(x.shape[0], sum(c.shape[0] for c in coefficients))
+def _width(parts: Tensors) -> int:
+    return sum(len(coefficients) for coefficients in parts[2::4])
+
+
+def _basis_linear_fake(x: torch.Tensor, parts: Tensors, words: Sequence[int]) -> torch.Tensor:
+    return x.new_empty(x.shape[0], _width(parts))
 
 
 _BASIS_LINEAR = ops.register(
-    "basis_linear(Tensor x, Tensor?[] order, Tensor[] basis, Tensor[] coefficients, Tensor?[] bias) -> Tensor",
+    "basis_linear(Tensor x, Tensor?[] parts, int[] words) -> Tensor",
     cpu=_basis_linear_cpu,
     gpu=_basis_linear_gpu,
     fake=_basis_linear_fake,

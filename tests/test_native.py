@@ -138,8 +138,8 @@ class Part:
 
 def basis_linear(native: library.Library, x: torch.Tensor, parts: list[Part]) -> torch.Tensor:
     out = poisoned(len(x), sum(len(part.coefficients) for part in parts), dtype=x.dtype)
-    columns = ([getattr(part, name) for part in parts] for name in ("order", "basis", "coefficients", "bias"))
-    native.basis_linear(x, *columns, out)
+    each = (library.basis_words(part.order, part.basis, part.coefficients, part.bias) for part in parts)
+    native.basis_linear(x, [word for words in each for word in words], out)
     return out
 
 

@@ -11,7 +11,9 @@ import copy
 import ctypes
 import functools
 import os
+import struct
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from . import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+BASIS_WORDS = 7  # a part of basis_linear, as basis.cpp reads it
 KINDS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 BESIDE_THE_SOURCES = build.SOURCES  # where setup.py leaves the library
@@ -105,35 +108,23 @@ class Library:
             k,
         )
 
-    def basis_linear(
-        self,
-        x: torch.Tensor,
-        order: list[torch.Tensor | None],
-        basis: list[torch.Tensor],
-        coefficients: list[torch.Tensor],
-        bias: list[torch.Tensor | None],
-        out: torch.Tensor,
-    ) -> None:
-        """out [M, sum N]: for each part, coefficients [N, R] @ z + bias [N], side by side.
+    def basis_linear(self, x: torch.Tensor, words: Sequence[int], out: torch.Tensor) -> None:
+        """out [M, sum N]: for each part, coefficients [N, R] @ z + bias [N], side by side; words: `basis_words` of all.
 
         z [M, R] = basis [R, K] @ x, or with order int32 [K]: x[order[:R]] + basis [R, K - R] @ x[order[R:]],
         summed in fp32 and rounded once to x's dtype. Rows depend on each other as those of `linear` do.
         """
-        words: list[int] = []
-        for o, b, c, shift in zip(order, basis, coefficients, bias, strict=True):
-            rank, columns = b.shape
-            words += (
-                0 if o is None else o.data_ptr(),
-                b.data_ptr(),
-                c.data_ptr(),
-                0 if shift is None else shift.data_ptr(),
-                rank,
-                columns,
-                c.shape[0],
-            )
-        parts = (_I64 * len(words))(*words)
+        count = len(words) // BASIS_WORDS
+        packed = _basis_words(count).pack(*words)
         self._calls.pared_basis_linear(
-            *self._run(x), x.data_ptr(), parts, len(basis), out.data_ptr(), x.shape[0], x.shape[1]
+            self._level,
+            DTYPES[x.dtype],
+            torch.get_num_threads(),
+            x.data_ptr(),
+            packed,
+            count,
+            out.data_ptr(),
+            *x.shape,
         )
 
     def read(self, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -229,6 +220,19 @@ class Library:
 
     def _run(self, x: torch.Tensor) -> tuple[int, int, int]:
         return self._level, DTYPES[x.dtype], torch.get_num_threads()
+
+
+def basis_words(
+    order: torch.Tensor | None, basis: torch.Tensor, coefficients: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[int, ...]:
+    """One part of `Library.basis_linear`, by addresses and sizes: whoever keeps it keeps the tensors too."""
+    addresses = (0 if t is None else t.data_ptr() for t in (order, basis, coefficients, bias))
+    return (*addresses, *basis.shape, coefficients.shape[0])
+
+
+@functools.cache
+def _basis_words(count: int) -> struct.Struct:
+    return struct.Struct(f"{count * BASIS_WORDS}q")
 
 
 def load() -> Library | None:

@@ -101,7 +101,7 @@ def test_a_copy_shares_its_own_basis(tmp_path):
 def test_continuous_batching_treats_it_as_any_other_model(tmp_path):
     folder, plain = written(tmp_path / "out")
     greedy = hf.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=99, pad_token_id=0)
-    paging = hf.ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=32)
+    paging = hf.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
     prompts = [TOKENS[0].tolist(), TOKENS[0, :3].tolist()]
 
     def answers(model: hf.PreTrainedModel) -> dict[tuple[int, ...], list[int]]:

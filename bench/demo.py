@@ -1,11 +1,13 @@
-"""`make demo`: a real checkpoint goes the whole way, and a table says what came of it."""
+"""`make demo`: a real checkpoint goes the whole way, as it is and compressed, and tables say what came of it."""
 
 from __future__ import annotations
 
+import statistics
 import sys
 from pathlib import Path
 
 from ..errors import ParedError
+from ..evaluate import Row
 from ..kernels.dispatch import set_threads
 from ..reports import readable
 from ..terminal import print_error, print_table, say
@@ -14,12 +16,17 @@ from . import end_to_end
 QUESTION = "Why is the sky blue? Answer in two sentences."
 ANSWER_TOKENS = 96
 TEXT_CHARACTERS = 40_000  # four windows of 2048 tokens
+CALIBRATION_CHARACTERS = 1_200_000
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 256, 48, 3
 COLUMNS = ("", "disk", "bytes per token", "perplexity", "prefill", "decode")
+METHODS = (
+    "basis_sharing:ratio=10,group=1,ranks=pivoted,samples=128,length=256",
+    "recover:tokens=16384,length=256,batch=4,lr=5e-4",
+)
 
 
 def main() -> None:
-    """Convert SmolLM2-135M-Instruct to the folder given, generate with it, measure it."""
+    """Convert SmolLM2-135M-Instruct to the folder given and compress it beside; generate with both, measure both."""
     set_threads()
     try:
         run(Path(sys.argv[1]))
@@ -32,13 +39,41 @@ def run(folder: Path) -> None:
     """The steps of the demo."""
     from .data import convert_smollm2, gguf_path
 
+    small = folder.with_name(f"{folder.name}-compressed")
     print(f"1. pared convert {gguf_path().name} {folder} --dtype bfloat16")
     convert_smollm2(folder)
     print(f"\n2. pared generate {folder} {QUESTION!r} --chat\n")
     answer(folder)
     print("\n3. Perplexity, and speed against transformers in turns: about a minute")
-    print_table("SmolLM2-135M-Instruct in bfloat16 on this machine", COLUMNS, rows(folder))
-    print(f"Perplexity on BoolQ dev passages, windows of 2048. Next: pared chat {folder}")
+    row = measured(folder)
+    print_table("SmolLM2-135M-Instruct in bfloat16 on this machine", COLUMNS, rows(folder, row))
+    print(f"\n4. pared convert {gguf_path().name} {small} --dtype bfloat16 --calibration {calibration(folder)}")
+    print("".join(f"       --method {method}\n" for method in METHODS))
+    compress(folder, small)
+    print(f"\n5. pared generate {small} {QUESTION!r} --chat\n")
+    answer(small)
+    print("\n6. The original beside the compressed model")
+    print_table("Each round in turns", COLUMNS, side_by_side([(folder, row), (small, measured(small))]))
+    print(f"Perplexity on BoolQ dev passages, windows of 2048. Next: pared chat {small}")
+
+
+def calibration(folder: Path) -> Path:
+    """The file that the compressed model is calibrated on, beside the folder: the first BoolQ train passages."""
+    from .data import boolq_passages, corpus
+
+    path = folder.with_name("boolq-train.txt")
+    path.write_text(corpus(boolq_passages("train"))[:CALIBRATION_CHARACTERS], encoding="utf-8")
+    return path
+
+
+def compress(folder: Path, small: Path) -> None:
+    """The compressed folder, replacing what an earlier run left."""
+    from .. import convert
+    from .data import gguf_path
+
+    convert(
+        gguf_path(), small, methods=METHODS, dtype="bfloat16", calibration=calibration(folder), overwrite=small.exists()
+    )
 
 
 def answer(folder: Path) -> None:
@@ -51,13 +86,19 @@ def answer(folder: Path) -> None:
     say(delta.text for delta in llm.stream(prompt, SamplingParams(max_tokens=ANSWER_TOKENS)))
 
 
-def rows(folder: Path) -> list[tuple[str, ...]]:
-    """A line for transformers and a line for pared, under COLUMNS."""
+def measured(folder: Path) -> Row:
+    """Sizes and perplexity."""
     from ..evaluate import measure
     from .data import boolq_passages, corpus
 
+    return measure(folder, corpus(boolq_passages("dev"))[:TEXT_CHARACTERS], progress=True)
+
+
+def rows(folder: Path, row: Row) -> list[tuple[str, ...]]:
+    """A line for transformers and a line for pared, under COLUMNS."""
+    from .data import boolq_passages, corpus
+
     text = corpus(boolq_passages("dev"))[:TEXT_CHARACTERS]
-    row = measure(folder, text, progress=True)
     result = end_to_end.compare(folder, PROMPT_TOKENS, NEW_TOKENS, ROUNDS)
     quality = {"transformers": transformers_perplexity(folder, text), "pared": row.perplexity}
     sizes = (readable(row.disk_bytes), readable(row.bytes_per_token))
@@ -68,6 +109,23 @@ def rows(folder: Path) -> list[tuple[str, ...]]:
 
     ratios = (result[f"{what}_tokens_per_second"]["ratio"][1] for what in ("prefill", "decode"))
     return [line("transformers"), line("pared"), ("ratio", "", "", "", *(f"{ratio:.2f}" for ratio in ratios))]
+
+
+def side_by_side(models: list[tuple[Path, Row]]) -> list[tuple[str, ...]]:
+    """A line for each model, under COLUMNS; speeds are medians of rounds taken in turns."""
+    from ..runtime.llm import LLM
+    from .data import boolq_passages, corpus
+
+    llms = [LLM(folder) for folder, _ in models]
+    prompt = llms[0].tokenizer.encode(corpus(boolq_passages("dev")[:20]))[:PROMPT_TOKENS]
+    rounds = [[end_to_end.ours_once(llm, prompt, NEW_TOKENS) for llm in llms] for _ in range(ROUNDS)]
+    lines = []
+    for (folder, row), timed in zip(models, zip(*rounds, strict=True), strict=True):
+        prefill = statistics.median(len(prompt) / one.first for one in timed)
+        decode = statistics.median(one.rate for one in timed)
+        sizes = (readable(row.disk_bytes), readable(row.bytes_per_token), f"{row.perplexity:.2f}")
+        lines.append((folder.name, *sizes, f"{prefill:.1f} tokens/s", f"{decode:.1f} tokens/s"))
+    return lines
 
 
 def transformers_perplexity(folder: Path, text: str) -> float:

@@ -74,9 +74,11 @@ def main() -> None:
     parser.add_argument("--rows", help=f"some of {', '.join(s.name for s in SETTINGS)}, separated by commas")
     parser.add_argument("--no-recovery", action="store_true", help="only the compressed models, untrained")
     arguments = parser.parse_args()
-    wanted = SETTINGS if arguments.rows is None else [s for s in SETTINGS if s.name in arguments.rows.split(",")]
-    if not wanted:
-        sys.exit(f"--rows {arguments.rows} names none of {', '.join(s.name for s in SETTINGS)}")
+    known = {setting.name: setting for setting in SETTINGS}
+    names = list(known) if arguments.rows is None else arguments.rows.split(",")
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"--rows: no row is called {unknown[0]!r}; known are {', '.join(known)}")
+    wanted = [known[name] for name in names]
     results = load()
     if "dense" not in results["rows"]:
         save(results, "dense", {"perplexity": perplexity(fresh())})
@@ -114,16 +116,14 @@ def save(results: dict[str, Any], name: str, row: dict[str, Any]) -> None:
 def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows that are there, under COLUMNS."""
     rows = results["rows"]
-    lines: list[tuple[str, ...]] = [
-        ("0 %", "-", "-", "-", f"{rows['dense']['perplexity']:.2f}", "-", "100.0 %", "100.0 %")
-    ]
+    reference = f"{rows['dense']['perplexity']:.2f}"
+    lines: list[tuple[str, ...]] = [("0 %", "-", "-", "-", reference, "-", "100.0 %", "100.0 %")]
     for s in SETTINGS:
         if row := rows.get(s.name):
             recovered = f"{row['recovered']:.2f}" if "recovered" in row else "-"
             sizes = (f"{100 * row[key]:.1f} %" for key in ("read", "stored"))
-            lines.append(
-                (f"{s.ratio} %", str(s.group), s.share, s.ranks, f"{row['perplexity']:.2f}", recovered, *sizes)
-            )
+            setting = (f"{s.ratio} %", str(s.group), s.share, s.ranks)
+            lines.append((*setting, f"{row['perplexity']:.2f}", recovered, *sizes))
     return lines
 
 

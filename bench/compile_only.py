@@ -2,8 +2,8 @@
 
 Inside `compile_only("sm_90")` a launch compiles for that target and does not run, so meta tensors of
 real shapes cost no memory. `report` then tells what a kernel would take on the device: registers,
-scratch memory, spills, shared memory and its instructions, from the binary itself and not from a
-second run of the assembler, whose flags may differ from Triton's.
+scratch memory, spills, shared memory, its instructions and those of its inner loop, from the binary
+itself and not from a second run of the assembler, whose flags may differ from Triton's.
 """
 
 from __future__ import annotations
@@ -33,9 +33,14 @@ TARGETS = {
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Bytes that one program may take. Triton compiles more without a word; only a launch would fail."""
 
+WIDE_LOAD = re.compile(r"LDG.*\.128|(buffer|global)_load_dwordx4")
+
 
 class Report(NamedTuple):
-    """One compiled kernel. scratch: bytes of stack a thread; operations: mnemonic -> how often it stands there."""
+    """One compiled kernel. scratch: bytes of stack a thread; operations: mnemonic -> how often it stands there.
+
+    loop: the same of the shortest loop with loads of 16 bytes in it; empty where there is none.
+    """
 
     name: str
     registers: int
@@ -43,6 +48,16 @@ class Report(NamedTuple):
     spills: int
     shared: int
     operations: Counter[str]
+    loop: Counter[str]
+
+    @property
+    def bytes_an_instruction(self) -> float:
+        """Bytes that a thread loads 16 at a time, for each instruction of the loop that it issues.
+
+        An H100 issues some 3e13 instructions of threads a second and reads 3e12 bytes: below 0.1 it waits for itself.
+        """
+        wide = sum(n for name, n in self.loop.items() if WIDE_LOAD.match(name))
+        return 16 * wide / max(1, self.loop.total())
 
     def count(self, pattern: str) -> int:
         """Instructions whose mnemonic matches `pattern` from its start."""
@@ -101,12 +116,27 @@ def _report_nvidia(kernel: Any) -> Report:
     usage = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     if usage is None:
         raise RuntimeError(f"cuobjdump told no resource usage for {kernel.metadata.name}: {listing[:500]}")
-    operations = Counter(
-        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", listing, re.MULTILINE)
+    lines = re.findall(
+        r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(?:\s+\S+,)*\s*(?:0x([0-9a-f]+))?",
+        listing,
+        re.MULTILINE,
     )
+    places = {int(at, 16): i for i, (at, _, _) in enumerate(lines)}
+    jumps = [(places[int(to, 16)], i) for i, (_, name, to) in enumerate(lines) if name.startswith("BRA") and to]
+    names = [name for _, name, _ in lines]
+    operations = Counter(names)
     spills = sum(n for name, n in operations.items() if name.startswith(("STL", "LDL")))
     registers, scratch = map(int, usage.groups())
-    return Report(kernel.metadata.name, registers, scratch, spills, kernel.metadata.shared, operations)
+    return Report(
+        kernel.metadata.name, registers, scratch, spills, kernel.metadata.shared, operations, _loop(names, jumps)
+    )
+
+
+def _loop(names: list[str], jumps: list[tuple[int, int]]) -> Counter[str]:
+    """What the shortest way back around a wide load runs; jumps: (target, source), indices of `names`."""
+    loops = (names[start : stop + 1] for start, stop in jumps if start < stop)
+    around = [loop for loop in loops if any(WIDE_LOAD.match(name) for name in loop)]
+    return Counter(min(around, key=len, default=[]))
 
 
 def _report_amd(kernel: Any) -> Report:
@@ -116,7 +146,19 @@ def _report_amd(kernel: Any) -> Report:
         found = re.search(rf"\.{name}:\s+(\d+)", listing)
         return int(found[1]) if found else 0
 
-    operations = Counter(re.findall(r"^\t([a-z][a-z0-9_]+)", listing, re.MULTILINE))
+    places: dict[str, int] = {}
+    names: list[str] = []
+    jumps: list[tuple[int, int]] = []
+    for label, name, target in re.findall(r"^(?:(\.LBB\w+):|\t([a-z][a-z0-9_]+)(?:[ ]+(\.LBB\w+))?)", listing, re.M):
+        if label:
+            places[label] = len(names)
+            continue
+        if target in places:
+            jumps.append((places[target], len(names)))
+        names.append(name)
+    operations = Counter(names)
     registers, scratch = field("vgpr_count"), field("private_segment_fixed_size")
     spills = field("vgpr_spill_count")  # scalar spills go to lanes of vector registers and cost no memory
-    return Report(kernel.metadata.name, registers, scratch, spills, kernel.metadata.shared, operations)
+    return Report(
+        kernel.metadata.name, registers, scratch, spills, kernel.metadata.shared, operations, _loop(names, jumps)
+    )

@@ -57,12 +57,13 @@ def _place(program, sizes, BLOCK: tl.constexpr):
 
 @triton.jit
 def _source(rest, k, inside, pivoted, PIVOTED: tl.constexpr):
-    """The column of x that column k of a basis multiplies; `rest` points at it. PIVOTED: "no", "some" or "all" parts."""
-    if PIVOTED == "no":
-        return k
+    """The column of x that column k of a basis multiplies; `rest` points at it. PIVOTED: "no", "some", "all" parts."""
+    source = k
     if PIVOTED == "all":
-        return tl.load(rest, mask=inside, other=0)
-    return tl.where(pivoted, tl.load(rest, mask=inside & pivoted, other=0), k)
+        source = tl.load(rest, mask=inside, other=0)
+    elif PIVOTED == "some":
+        source = tl.where(pivoted, tl.load(rest, mask=inside & pivoted, other=0), k)
+    return source
 
 
 @triton.jit

@@ -53,19 +53,19 @@ GEMM = {
 
 # Both launches of shared_basis at M = 1, the first tile that fills the machine: its rows are short, so a program takes
 # many of them to be worth its start, and shares what it gathered among them. A program loads one step ahead: 16 KiB.
+_OF_16_ROWS_AND_FEWER = tuple(Tile(1, n, 4096 // n, warps=4, stages=1) for n in (16, 8, 4))  # 4 x 1024 spills on sm_100
 BASIS_GEMV = {
-    "default": (
-        Tile(1, 16, 256, warps=4, stages=1),
-        Tile(1, 8, 512, warps=4, stages=1),
-        Tile(1, 4, 1024, warps=4, stages=1),
-    ),
+    "default": (Tile(1, 16, 256, warps=4, stages=1), Tile(1, 8, 512, warps=4, stages=1)),
+    "sm_80": _OF_16_ROWS_AND_FEWER,
+    "sm_90": _OF_16_ROWS_AND_FEWER,
+    "gfx942": (Tile(1, 16, 512, warps=4, stages=1), Tile(1, 8, 512, warps=4, stages=1)),
     "interpret": (Tile(1, 1024, 1024, warps=1, stages=1),),
 }
 
 # M > 1, the first launch, which gathers a tile of x for as many outputs as it can.
 BASIS_GEMM = {
     "default": (Tile(16, 32, 128, warps=4, stages=4), Tile(64, 64, 64, warps=4, stages=4)),
-    "gfx942": (Tile(16, 32, 128, warps=4, stages=2), Tile(64, 64, 64, warps=4, stages=2)),
+    "gfx942": (Tile(16, 64, 64, warps=4, stages=2), Tile(64, 64, 64, warps=2, stages=2)),
     "interpret": (Tile(16, 256, 256, warps=1, stages=1), Tile(128, 256, 256, warps=1, stages=1)),
 }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pared.kernels import attention, dispatch, formats
+from pared.kernels import attention, dispatch, formats, shared_basis
+from pared.kernels.unit import Unit
 from pared.tests.test_attention import CASES, arguments, definition, torch_own
 from pared.tests.truth import assert_as_good
 
@@ -53,3 +54,45 @@ def test_apply_can_be_captured_in_a_graph_and_replays_bit_for_bit(rows):
         captured.zero_()
         graph.replay()
         assert torch.equal(captured, eager)
+
+
+def basis_layer(dtype: torch.dtype, device: str) -> tuple[list, object]:
+    """q|k|v of an odd rank, v factored and with a bias: the packs, and one Prepared for all."""
+    packs = []
+    for i, (n, rank) in enumerate(((1024, 683), (1024, 683), (256, 201))):
+        basis = (torch.randn(rank, 1024, dtype=torch.float64) / 32).to(dtype)
+        tensors = {"basis": basis, f"coefficients.m{i}": (torch.randn(n, rank) * rank**-0.5).to(dtype)}
+        if i == 2:
+            tensors["bias.m2"] = torch.randn(n).to(dtype)
+        unit = Unit({f"m{i}": (n, 1024)}, tensors)
+        packs.append(shared_basis.encode(unit if i == 2 else shared_basis.pivot(unit, torch.ones(1024))))
+    parts = [(shared_basis.prepare(packed, device), f"m{i}") for i, packed in enumerate(packs)]
+    return packs, shared_basis.stack(parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64, 130])
+def test_stacked_bases_are_as_good_as_their_references(rows, dtype):
+    packs, stacked = basis_layer(dtype, DEVICE)
+    x = torch.randn(rows, 1024).to(dtype)
+    with dispatch.strict():
+        y = shared_basis.apply(x.to(DEVICE), stacked, "m0").cpu()
+    own, truth = (
+        torch.cat([shared_basis.reference(given, packed, f"m{i}") for i, packed in enumerate(packs)], dim=1)
+        for given in (x, x.float())
+    )
+    assert_as_good(y, own, truth)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_second_launch_of_a_basis_waits_for_the_first(rows):
+    """It begins before the first has ended; a step that read z too early would differ from one alone."""
+    _, stacked = basis_layer(torch.bfloat16, DEVICE)
+    inputs = [torch.randn(rows, 1024, device=DEVICE).bfloat16() for _ in range(50)]
+    alone = []
+    for x in inputs:
+        alone.append(shared_basis.apply(x, stacked, "m0"))
+        torch.cuda.synchronize()
+    for _ in range(20):
+        together = [shared_basis.apply(x, stacked, "m0") for x in inputs]
+        assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -9,8 +12,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 import torch
 
 from pared.bench.compile_only import SHARED_MEMORY, TARGETS, Report, compile_only, report
-from pared.kernels import triton_attention, triton_dense, triton_fused
+from pared.kernels import triton_attention, triton_basis, triton_dense, triton_fused
 from pared.kernels.dense import GPU_ROWS
+from pared.kernels.shared_basis import ALIGN
 
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 PREFILL_ROWS = GPU_ROWS[torch.bfloat16]
@@ -22,6 +26,33 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def linear(rows: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> None:
     triton_dense.linear(meta(rows, k, dtype=dtype), meta(n, k, dtype=dtype), meta(n, dtype=dtype))
+
+
+# Inputs, ranks and outputs of what is stacked, Basis Sharing of two layers: Llama-2-7B and, last, Llama-3-8B's q|k|v.
+BASES = {
+    "q|k|v 20 %": (4096, (2184, 2184, 2184), (4096, 4096, 4096)),
+    "q|k|v 50 %": (4096, (1365, 1365, 1365), (4096, 4096, 4096)),
+    "gate|up 20 %": (4096, (2762, 2762), (11008, 11008)),
+    "gate|up 50 %": (4096, (1726, 1726), (11008, 11008)),
+    "o 20 %": (4096, (1638,), (4096,)),
+    "o 50 %": (4096, (1024,), (4096,)),
+    "down 20 %": (11008, (2388,), (4096,)),
+    "down 50 %": (11008, (1492,), (4096,)),
+    "private k|v 20 %": (4096, (2184, 655, 655), (4096, 1024, 1024)),
+}
+
+
+def basis(rows: int, k: int, ranks: tuple[int, ...], outputs: tuple[int, ...], pivoted: bool = True) -> None:
+    def aligned(n: int) -> int:
+        return -(-n // ALIGN) * ALIGN
+
+    triton_basis.basis_linear(
+        meta(rows, k),
+        [meta(k, dtype=torch.int32) if pivoted else None for _ in ranks],
+        [meta(rank, aligned(k - rank if pivoted else k)) for rank in ranks],
+        [meta(n, aligned(rank)) for n, rank in zip(outputs, ranks, strict=True)],
+        [None for _ in ranks],
+    )
 
 
 def attend(rows: int, heads: int, kv_heads: int, head_dim: int, window: int = 0) -> None:
@@ -57,6 +88,14 @@ LAUNCHES = {
     "norms": norms,
     "gated act": lambda: triton_fused.gated_act(meta(4, 22016), "silu"),
     "act": lambda: triton_fused.act(meta(4, 16384), "gelu"),
+    "basis 1, factored": lambda: basis(1, *BASES["q|k|v 20 %"], pivoted=False),
+    "basis 8, factored": lambda: basis(8, *BASES["q|k|v 20 %"], pivoted=False),
+    **{f"basis 1, {name}": functools.partial(basis, 1, *shape) for name, shape in BASES.items()},
+    **{
+        f"basis {rows}, {name}": functools.partial(basis, rows, *BASES[name])
+        for rows in (8, 64)
+        for name in ("q|k|v 20 %", "gate|up 50 %", "o 50 %")
+    },
 }
 
 
@@ -107,3 +146,43 @@ def test_a_small_grid_is_split_and_added_up(built):
     _, reports = built
     assert [kernel.name for kernel in reports["split"]] == ["_gemm", "_sum_partials"]
     assert [kernel.name for kernel in reports["gemv"]] == ["_gemv"]
+
+
+def test_a_basis_takes_two_launches_for_all_that_is_stacked(built):
+    _, reports = built
+    for name, kernels in reports.items():
+        if name.startswith("basis"):
+            kind = "gemv" if name.startswith("basis 1,") else "gemm"
+            assert [kernel.name for kernel in kernels] == [f"_basis_{kind}", f"_coefficients_{kind}"], name
+
+
+def test_a_basis_streams_weights_in_16_byte_loads_that_instructions_keep_up_with(built):
+    """Odd ranks too: rows are aligned by zero columns. gfx942 issues for 64 lanes at once."""
+    target, reports = built
+    least = 0.19 if target == "gfx942" else 0.25
+    for name, kernels in reports.items():
+        if not name.startswith("basis"):
+            continue
+        for kernel in kernels:
+            assert kernel.bytes_an_instruction >= least, (name, kernel)
+            if name.startswith("basis 1,") and target != "gfx942":
+                assert kernel.count(r"LDG\.E\.EF\.128") == 8, name  # a step, and the next
+                assert kernel.registers <= 128, name  # four programs of four warps a multiprocessor
+        if name.endswith("factored") and target != "gfx942":
+            assert kernels[0].count("LDG.*U16") == 0
+
+
+def test_the_second_launch_of_a_basis_waits_with_weights_on_their_way(built, monkeypatch, tmp_path):
+    target, reports = built
+    waits = target in ("sm_90", "sm_100")
+    for name in (name for name in reports if name.startswith("basis")):
+        first, second = reports[name]
+        assert (first.count("PREEXIT"), second.count("ACQBULK")) == (waits, waits)
+    if waits:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        with compile_only(target) as kernels:
+            basis(1, *BASES["o 20 %"])
+        code = kernels[1].asm["ptx"]
+        in_order = re.findall(r"ld\.global\S*evict_first|griddepcontrol\.wait|ld\.global(?!\S*evict)", code)
+        assert [text.partition("ld.global")[2][:4] for text in in_order[:4]] == [".L1:"] * 4
+        assert in_order.index("griddepcontrol.wait") == 4 < in_order.index("ld.global")

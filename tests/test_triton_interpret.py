@@ -17,6 +17,7 @@ TESTS = Path(__file__).resolve().parent
 TESTED = (
     "test_formats.py",
     "test_dense.py",
+    "test_shared_basis.py",
     "test_attention.py",
     "test_fused.py",
     "interpreted_tiles.py",

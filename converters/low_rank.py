@@ -51,24 +51,27 @@ def pivoted_rank(ratio: float, outputs: int, inputs: int, size: int) -> int:
     return max(1, min(kept, inputs, stacked))
 
 
-def factorize(weights: list[torch.Tensor], gram: torch.Tensor, r: int) -> Factors:
-    """The best rank-r factors of weights [N, K] each under gram [K, K], all fp64."""
+def factorize(weights: list[torch.Tensor], gram: torch.Tensor, r: int, root: torch.Tensor | None = None) -> Factors:
+    """The best rank-r factors of weights [N, K] each under gram [K, K], all fp64.
+
+    root: `square_root(gram)`, where several groups have the same inputs; only more outputs than inputs need it.
+    """
     stacked = torch.cat(weights)
     outputs, inputs = stacked.shape
     if outputs <= inputs:
         values, vectors = torch.linalg.eigh(stacked @ gram @ stacked.t())
         v = vectors[:, -r:]
     else:
-        root = stacked @ _square_root(gram)  # [n N, K]
-        values, vectors = torch.linalg.eigh(root.t() @ root)
+        seen = stacked @ (square_root(gram) if root is None else root)  # [n N, K]
+        values, vectors = torch.linalg.eigh(seen.t() @ seen)
         # Orthogonal columns of falling length: QR norms them without dividing by a singular value near zero.
-        v = torch.linalg.qr(root @ vectors[:, -r:]).Q
+        v = torch.linalg.qr(seen @ vectors[:, -r:]).Q
     kept = values.clamp(min=0)
     coefficients = v.split([w.shape[0] for w in weights])
     return Factors(stacked.t() @ v, coefficients, float(kept[: len(kept) - r].sum()), float(kept.sum()))
 
 
-def _square_root(gram: torch.Tensor) -> torch.Tensor:
+def square_root(gram: torch.Tensor) -> torch.Tensor:
     """The symmetric root of a Gram matrix whose smallest eigenvalues may have come out negative."""
     values, vectors = torch.linalg.eigh(gram)
     return vectors * values.clamp(min=0).sqrt() @ vectors.t()

@@ -329,3 +329,16 @@ def test_the_journal_of_provenance_is_json(tmp_path, text):
     methods = config["quantization_config"]["provenance"]["methods"]
     assert [method["name"] for method in methods] == ["basis_sharing", "recover"]
     assert methods[1]["result"]["steps"] == 20
+
+
+def test_the_command_line_takes_methods(tmp_path, text, monkeypatch, capsys):
+    from pared.cli import main
+
+    src = tiny.checkpoint(tmp_path / "src")
+    asked = ["convert", str(src), str(tmp_path / "out"), "--calibration", str(text), "--text", str(text)]
+    monkeypatch.setattr(sys, "argv", ["pared", *asked, "--method", BASIS, "--method", RECOVER])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[-2:]] == ["original", "out"]

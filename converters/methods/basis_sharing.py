@@ -21,7 +21,7 @@ from ... import families
 from ...spec import Spec
 from ..calibration import Calibration, LayerWalk, gram_of_inputs
 from ..groups import Group, Kind, Run, kinds, runs
-from ..low_rank import Factors, factorize, pivoted_rank, rank, refit, weighted_loss
+from ..low_rank import Factors, factorize, pivoted_rank, rank, refit, square_root, weighted_loss
 from ..modelling import BasisLinear, replace_linear, weight_of
 from ..record import Record
 
@@ -129,37 +129,49 @@ def factorize_runs(
             grams(run, ())
             continue
         observed = dict.fromkeys(path for kind in chosen for path in run.group(spec, kind).observed)
-        found = grams(run, list(observed))
+        found = _Inputs(grams(run, list(observed)))
         done = [pair for kind in chosen for pair in _factors(model, spec, params, run, kind, found)]
         facts = [_facts(group, factors) for group, factors in done]
         record.save(_part(run), _tensors(done, found), {"params": asdict(params), "groups": facts})
 
 
 def _factors(
-    model: PreTrainedModel, spec: Spec, params: Params, run: Run, kind: Kind, grams: dict[str, torch.Tensor]
+    model: PreTrainedModel, spec: Spec, params: Params, run: Run, kind: Kind, inputs: _Inputs
 ) -> list[tuple[Group, Factors]]:
     """The factors of one kind in one run: of one group or of several, by the chosen rule."""
     rules = (kind.shared,) if params.share == "paper" else (True, False)
     plans = [run.groups(spec, kind, shared) for shared in rules]
-    found = [[(g, _factorize(model, spec, params, g, grams)) for g in groups] for groups in plans]
+    found = [[(g, _factorize(model, spec, params, g, inputs)) for g in groups] for groups in plans]
     if len(found) == 1:
         return found[0]
-    return min(found, key=lambda pairs: sum(_own_loss(model, spec, g, f, grams) for g, f in pairs))
+    return min(found, key=lambda pairs: sum(_own_loss(model, spec, g, f, inputs.grams) for g, f in pairs))
 
 
-def _factorize(
-    model: PreTrainedModel, spec: Spec, params: Params, group: Group, grams: dict[str, torch.Tensor]
-) -> Factors:
+def _factorize(model: PreTrainedModel, spec: Spec, params: Params, group: Group, inputs: _Inputs) -> Factors:
     weights = [weight_of(model, path, spec.transposed).double() for path in group.paths]
-    outputs, inputs = weights[0].shape
-    count = rank if params.ranks == "paper" else pivoted_rank
-    return factorize(weights, _pooled(group, grams), count(params.ratio / 100, outputs, inputs, group.size))
+    n, k = weights[0].shape
+    r = (rank if params.ranks == "paper" else pivoted_rank)(params.ratio / 100, n, k, group.size)
+    root = inputs.root(group.observed) if n * len(weights) > k else None
+    return factorize(weights, inputs.pooled(group.observed), r, root)
 
 
-def _pooled(group: Group, grams: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The group's inputs taken together."""
-    first, *others = (grams[path] for path in group.observed)
-    return sum(others, start=first)
+class _Inputs:
+    """The Gram matrices of a run. What several kinds need (q, k and v; gate and up) is computed once."""
+
+    def __init__(self, grams: dict[str, torch.Tensor]) -> None:
+        self.grams = grams
+        self._roots: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def pooled(self, observed: Sequence[str]) -> torch.Tensor:
+        """Of the inputs of these modules taken together."""
+        first, *others = (self.grams[path] for path in observed)
+        return sum(others, start=first)
+
+    def root(self, observed: tuple[str, ...]) -> torch.Tensor:
+        """Its symmetric square root."""
+        if observed not in self._roots:
+            self._roots[observed] = square_root(self.pooled(observed))
+        return self._roots[observed]
 
 
 def _own_loss(
@@ -207,8 +219,7 @@ def _refitted(
 ) -> dict[str, torch.Tensor]:
     """A run's tensors with new coefficients."""
     for g, group in enumerate(facts["groups"]):
-        first, *others = (grams[path] for path in group["observed"])
-        gram = sum(others, start=first)
+        gram = _Inputs(grams).pooled(group["observed"])
         targets = [weights[path].double() for path in group["paths"]]
         found = refit(targets, tensors[f"{g}.basis"].double().t(), gram)
         tensors |= {f"{g}.coefficients.{j}": c.float().contiguous() for j, c in enumerate(found)}
@@ -235,11 +246,11 @@ def _facts(group: Group, factors: Factors) -> dict[str, Any]:
     return asdict(group) | {"rank": factors.rank, "lost": factors.lost, "total": factors.total}
 
 
-def _tensors(done: list[tuple[Group, Factors]], grams: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _tensors(done: list[tuple[Group, Factors]], inputs: _Inputs) -> dict[str, torch.Tensor]:
     """Group g: `g.basis` [R, K], `g.coefficients.j` [N, R] per module, `g.scale` [K] the RMS of the inputs; fp32."""
     tensors: dict[str, torch.Tensor] = {}
     for g, (group, factors) in enumerate(done):
-        mean = _pooled(group, grams).diagonal() / len(group.paths)
+        mean = inputs.pooled(group.observed).diagonal() / len(group.paths)
         tensors[f"{g}.basis"] = factors.basis.t().float().contiguous()
         tensors[f"{g}.scale"] = mean.clamp(min=0).sqrt().float()
         tensors |= {f"{g}.coefficients.{j}": c.float().contiguous() for j, c in enumerate(factors.coefficients)}

@@ -119,7 +119,7 @@ def side_by_side(models: list[tuple[Path, Row]]) -> list[tuple[str, ...]]:
     llms = [LLM(folder) for folder, _ in models]
     prompt = llms[0].tokenizer.encode(corpus(boolq_passages("dev")[:20]))[:PROMPT_TOKENS]
     rounds = [[end_to_end.ours_once(llm, prompt, NEW_TOKENS) for llm in llms] for _ in range(ROUNDS)]
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for (folder, row), timed in zip(models, zip(*rounds, strict=True), strict=True):
         prefill = statistics.median(len(prompt) / one.first for one in timed)
         decode = statistics.median(one.rate for one in timed)

@@ -100,7 +100,7 @@ class LayerWalk:
 
     @torch.no_grad()
     def _first_input(self, batch: torch.Tensor) -> torch.Tensor:
-        def stop(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Stop(args[0] if args else kwargs["hidden_states"])
 
         with contextlib.closing(_Hooks(self.layers[0].register_forward_pre_hook(stop, with_kwargs=True))):
@@ -116,7 +116,7 @@ class LayerWalk:
         handles = []
         for i, layer in enumerate(self.layers):
 
-            def keep(_module: nn.Module, _args: tuple, kwargs: dict, i: int = i) -> None:
+            def keep(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
                 kept = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
                 self._arguments[i, batch.shape[0]] = kept
 
@@ -145,7 +145,7 @@ def gram_of_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, torch.Te
     grams: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> Any:
-        def add(_module: nn.Module, args: tuple) -> None:
+        def add(_module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach().flatten(0, -2).float()
             product = (x.t() @ x).double()
             grams[name] = grams[name].add_(product) if name in grams else product

@@ -93,7 +93,7 @@ def replace_linear(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def weight_of(model: nn.Module, path: str, transposed: bool) -> torch.Tensor:
     """The weight [N, K] of a dense linear module, whichever way the family stores it."""
-    weight = model.get_submodule(path).weight.detach()
+    weight = model.get_parameter(f"{path}.weight").detach()
     return weight.t() if transposed else weight
 
 

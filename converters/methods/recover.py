@@ -63,7 +63,9 @@ class _Open(nn.Module):
         outputs, rank = closed.coefficients.shape
         self.basis = closed.basis
         self.coefficients = nn.Linear(rank, outputs, bias=closed.bias is not None, device="meta")
-        self.coefficients.weight, self.coefficients.bias = closed.coefficients, closed.bias
+        self.coefficients.weight = closed.coefficients
+        if closed.bias is not None:
+            self.coefficients.bias = closed.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.coefficients(F.linear(x, self.basis))

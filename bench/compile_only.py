@@ -136,7 +136,7 @@ def _loop(names: list[str], jumps: list[tuple[int, int]]) -> Counter[str]:
     """What the shortest way back around a wide load runs; jumps: (target, source), indices of `names`."""
     loops = (names[start : stop + 1] for start, stop in jumps if start < stop)
     around = [loop for loop in loops if any(WIDE_LOAD.match(name) for name in loop)]
-    return Counter(min(around, key=len, default=[]))
+    return Counter(min(around, key=len) if around else ())
 
 
 def _report_amd(kernel: Any) -> Report:

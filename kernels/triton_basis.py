@@ -352,7 +352,9 @@ def _launch(tile: tuning.Tile) -> dict[str, int]:
     return {"BLOCK_N": tile.n, "BLOCK_K": tile.k, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _tile(m: int, outputs: tuple[int, ...], dtype: torch.dtype, name: str, gemm: dict) -> tuning.Tile:
+def _tile(
+    m: int, outputs: tuple[int, ...], dtype: torch.dtype, name: str, gemm: dict[str, tuple[tuning.Tile, ...]]
+) -> tuning.Tile:
     return tuning.basis_gemv_tile(outputs, dtype, name) if m == 1 else tuning.linear_tile(m, dtype, name, gemm)
 
 

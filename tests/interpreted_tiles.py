@@ -69,6 +69,17 @@ def test_basis_linear(rows, k, ranks, outputs, pivoted, lay_out):
     assert torch.equal(y, again)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_partial_sums_of_a_basis_are_rounded_as_a_whole_z_is(rows):
+    """z = (1 + 2^-9, 1), its small part from another split: bf16 has only 1 of both, so that they cancel."""
+    x, basis = torch.zeros(rows, 2090), torch.zeros(2, 2090)
+    x[:, 0], x[:, 2000] = 1.0, 2.0**-9
+    basis[:, 0], basis[0, 2000] = 1.0, 1.0
+    coefficients = torch.tensor([[1.0, -1.0]])
+    y = triton_basis.basis_linear(x.bfloat16(), [None], [basis.bfloat16()], [coefficients.bfloat16()], [None])
+    assert torch.equal(y, torch.zeros_like(y))
+
+
 @pytest.mark.parametrize("window", [0, 70])
 def test_attention(window):
     given = arguments(Case(((1, 130), (40, 100)), heads=2, kv_heads=1, page=16, window=window), torch.float32)

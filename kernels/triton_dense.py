@@ -96,10 +96,10 @@ def _sum_partials(
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < size)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K], weight [N, K], bias [N] or None, all contiguous and of one dtype -> y [M, N] of that dtype."""
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool = False) -> torch.Tensor:
+    """x [M, K], weight [N, K], bias [N] or None, all contiguous and of one dtype -> y [M, N] of that dtype, or fp32."""
     (m, k), n = x.shape, weight.shape[0]
-    y = x.new_empty(m, n)
+    y = x.new_empty(m, n, dtype=torch.float32 if wide else x.dtype)
     if y.numel() == 0:
         return y
     name = tuning.target()

@@ -15,6 +15,9 @@ Paths of `apply`, by the number of rows M:
 
 GPU_ROWS has not been measured on a GPU: 128 is where 128-row tiles still read every weight once.
 Without a compiler or without Triton, F.linear runs at every M and is counted as a fall-back.
+
+A wide y is not rounded to the dtype of x: kernels store their fp32 sums, on a CPU in chunks of linear_rows. F.linear
+can only widen what it has rounded; above GPU_ROWS that has to do, where none but an evaluation reads logits.
 """
 
 from __future__ import annotations
@@ -98,9 +101,9 @@ def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
     return Prepared(NAME, {parts[0][1]: widths}, (torch.cat(weights), bias))
 
 
-def apply(x: torch.Tensor, prepared: Prepared, path: str) -> torch.Tensor:
-    """x [M, K] contiguous -> y [M, N], or all outputs that were stacked under `path`, side by side."""
-    return _LINEAR(x, *prepared.tensors)
+def apply(x: torch.Tensor, prepared: Prepared, path: str, wide: bool = False) -> torch.Tensor:
+    """x [M, K] contiguous -> y [M, N], or all outputs that were stacked under `path`, side by side; fp32 if wide."""
+    return _LINEAR(x, *prepared.tensors, wide)
 
 
 def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
@@ -157,32 +160,46 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         )
 
 
-def _linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool = False) -> torch.Tensor:
     _check(x, weight, bias)
     native = library.load()
     if native is None:
         fallback("linear", library.why_not())
-    elif 0 < x.shape[0] <= native.linear_rows(x.dtype):
-        y = x.new_empty(x.shape[0], weight.shape[0])
+        return _torch_path(x, weight, bias, wide)
+    rows = native.linear_rows(x.dtype)
+    if x.shape[0] > rows and not (wide and rows):
+        return _torch_path(x, weight, bias, wide)
+    y = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32 if wide else x.dtype)
+    if x.shape[0] <= rows:
         native.linear(x, weight, bias, y)
-        return y
-    return F.linear(x, weight, bias)
+    else:
+        for some_x, some_y in zip(x.split(rows), y.split(rows), strict=True):
+            native.linear(some_x, weight, bias, some_y)
+    return y
 
 
-def _linear_gpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear_gpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool = False) -> torch.Tensor:
     _check(x, weight, bias)
     triton_dense = ops.triton_kernels("dense")
     if triton_dense is None:
         fallback("linear", "Triton is not installed")
     elif x.shape[0] <= GPU_ROWS[x.dtype] or interpreting():
-        return triton_dense.linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+        return triton_dense.linear(x, weight, bias, wide)
+    return _torch_path(x, weight, bias, wide)
 
 
-def _linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _torch_path(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool) -> torch.Tensor:
+    y = F.linear(x, weight, bias)
+    return y.float() if wide else y
+
+
+def _linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool = False) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32 if wide else x.dtype)
 
 
 _LINEAR = ops.register(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", cpu=_linear_cpu, gpu=_linear_gpu, fake=_linear_fake
+    "linear(Tensor x, Tensor weight, Tensor? bias, bool wide=False) -> Tensor",
+    cpu=_linear_cpu,
+    gpu=_linear_gpu,
+    fake=_linear_fake,
 )

@@ -14,9 +14,10 @@ A format file reads in one order: byte layout, encode and decode, reference, lau
     prepare(packed, device) -> Prepared laid out for the device; `outputs` has each path that `apply` takes
     stack(parts) -> Prepared | None     [(prepared, path), ...] that read the same input (q|k|v, gate|up) as one,
                                         under the first path, outputs side by side; None where they differ
-    apply(x, prepared, path) -> y       x [M, K] -> y [M, sum(prepared.outputs[path])] in x.dtype, bias
+    apply(x, prepared, path, wide=False) -> y
+                                        x [M, K] -> y [M, sum(prepared.outputs[path])] in x.dtype, bias
                                         included; behind a torch.library op with a fake; chooses its
-                                        kernel by named thresholds on M
+                                        kernel by named thresholds on M. wide: y in fp32, for the head
     slice(packed, path, dim, start, stop) -> Packed
                                         a shard for tensor parallelism: outputs (dim 0) or inputs (dim 1)
                                         [start, stop) of module `path`; of input shards only the first has the bias

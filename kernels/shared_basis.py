@@ -98,7 +98,7 @@ def pivot(unit: Unit, scale: torch.Tensor) -> Unit:
     """
     basis = unit.tensors["basis"].double()
     rank, inputs = basis.shape
-    scale = scale.double().clamp(min=float(scale.max()) * 1e-6)
+    scale = scale.double().clamp(min=float(scale.max()) * 1e-6 or 1.0)
     lu, swaps, _ = torch.linalg.lu_factor_ex((basis * scale).t())
     columns = _permutation(swaps, inputs)
     lower = lu.tril(-1)
@@ -172,9 +172,13 @@ def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
     return Prepared(NAME, {parts[0][1]: widths}, tensors, _words(tensors))
 
 
-def apply(x: torch.Tensor, prepared: Prepared, path: str) -> torch.Tensor:
-    """x [M, K] contiguous -> y [M, sum N] of every module stacked under `path`."""
-    return _BASIS_LINEAR(x, *_parts(prepared, path))
+def apply(x: torch.Tensor, prepared: Prepared, path: str, wide: bool = False) -> torch.Tensor:
+    """x [M, K] contiguous -> y [M, sum N] of every module stacked under `path`.
+
+    wide: y is widened after it was rounded, since no method gives a basis to the head.
+    """
+    y = _BASIS_LINEAR(x, *_parts(prepared, path))
+    return y.float() if wide else y
 
 
 def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
@@ -322,10 +326,20 @@ def _torch_path(x: torch.Tensor, parts: Tensors) -> torch.Tensor:
         if o is None:
             z = F.linear(x, b[:, : x.shape[1]])
         else:
-            gathered = x.index_select(1, o)
+            gathered = _in_order(x, o)
             z = torch.addmm(gathered[:, :rank], gathered[:, rank:], b[:, : x.shape[1] - rank].t())
         outputs.append(F.linear(z, c[:, :rank], shift))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _in_order(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """x [M, K] with its columns in this order."""
+    native = library.load() if x.device.type == "cpu" else None
+    if native is None:
+        return x.index_select(1, order)
+    ordered = torch.empty_like(x)
+    native.in_order(x, order, ordered)
+    return ordered
 
 
 def _basis_linear_cpu(x: torch.Tensor, parts: Tensors, words: Sequence[int]) -> torch.Tensor:
@@ -334,7 +348,7 @@ def _basis_linear_cpu(x: torch.Tensor, parts: Tensors, words: Sequence[int]) -> 
     native = library.load()
     if native is None:
         fallback("basis_linear", library.why_not())
-    elif x.shape[0] <= native.linear_rows(x.dtype):
+    elif x.shape[0] <= native.basis_rows(x.dtype):
         y = x.new_empty(x.shape[0], _width(parts))
         native.basis_linear(x, words, y)
         return y

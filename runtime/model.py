@@ -30,8 +30,9 @@ class Projection:
 
     parts: tuple[tuple[Prepared, str], ...]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        outputs = [formats.by_name(prepared.format).apply(x, prepared, path) for prepared, path in self.parts]
+    def __call__(self, x: torch.Tensor, wide: bool = False) -> torch.Tensor:
+        """wide: in fp32, whatever x has."""
+        outputs = [formats.by_name(prepared.format).apply(x, prepared, path, wide) for prepared, path in self.parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
@@ -126,7 +127,7 @@ class Decoder:
         hidden = layers(hidden, step, cache)
         if self.weights.project_out:
             hidden = self.weights.project_out(hidden)
-        return self.weights.head(hidden).float()
+        return self.weights.head(hidden, wide=True)
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         hidden = self.weights.embed[batch.tokens]

@@ -143,10 +143,32 @@ def test_the_threshold_decides_between_native_and_torch(monkeypatch):
         for rows in (1, 4, 5, 64):
             dense.apply(torch.zeros(rows, 4), prepared, "m")
     assert calls == [1, 4]
+    dense.apply(torch.zeros(9, 4), prepared, "m", wide=True)
+    assert calls == [1, 4, 4, 4, 1]
+
+
+@pytest.mark.filterwarnings(SLOWER)
+@pytest.mark.parametrize("rows", [0, 1, 5, 70, 300])
+@pytest.mark.parametrize("dtype", dense.DTYPES, ids=str)
+def test_a_wide_result_is_not_rounded(rows, dtype):
+    """Compared with the product of the same rounded numbers in fp32; a CPU without vectors rounds all the same."""
+    unit = Unit({"m": (50, 33)}, {"weight": torch.randn(50, 33).to(dtype), "bias": torch.randn(50).to(dtype)})
+    prepared, x = dense.prepare(dense.encode(unit), "cpu"), torch.randn(rows, 33).to(dtype)
+    with poisoned():
+        wide, narrow = (dense.apply(x, prepared, "m", wide) for wide in (True, False))
+    truth = torch.nn.functional.linear(x.float(), *(t.float() for t in prepared.tensors))
+    assert (wide.dtype, narrow.dtype, wide.shape) == (torch.float32, dtype, truth.shape)
+    native = library.load()
+    if dispatch.interpreting() or (native is not None and native.linear_rows(dtype)):
+        torch.testing.assert_close(wide, truth, rtol=0, atol=1e-5 * 33)
+    torch.testing.assert_close(wide.to(dtype), narrow)
 
 
 @pytest.mark.filterwarnings(SLOWER)
 def test_the_op_keeps_the_rules_of_torch_library():
     for bias in (None, torch.randn(3)):
         arguments = (torch.randn(2, 4), torch.randn(3, 4), bias)
+        torch.library.opcheck(
+            torch.ops.pared.linear.default, (*arguments, True), test_utils=("test_schema", "test_faketensor")
+        )
         torch.library.opcheck(torch.ops.pared.linear.default, arguments, test_utils=("test_schema", "test_faketensor"))

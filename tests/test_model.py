@@ -7,7 +7,7 @@ decode steps in between, in scattered pages; some run beyond the sliding window 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 import transformers as hf
 
 from pared.convert import convert
+from pared.kernels.native import library
 from pared.runtime.batch import Batch
 from pared.runtime.cache import KVCache
 from pared.runtime.loader import load
@@ -137,7 +138,7 @@ class Runner:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         spec = decoder.spec
-        self.cache = KVCache([y.kv_heads for y in spec.layers], spec.head_dim, 64, PAGE, torch.float32, "cpu")
+        self.cache = KVCache([y.kv_heads for y in spec.layers], spec.head_dim, 64, PAGE, decoder.dtype, "cpu")
         for pool in (p for pools in self.cache.layers for p in pools):
             pool.fill_(float("nan"))  # a key that was never written must not be read
         self.free = torch.randperm(63, generator=torch.Generator().manual_seed(1)).add(1).tolist()
@@ -233,3 +234,27 @@ def test_chunked_prefill_and_decode_in_one_batch(pair: tuple) -> None:
         runner.run(work)
     for s, prompt in zip(sequences, prompts, strict=True):
         check(s, theirs(model, s.tokens, prompt))
+
+
+@pytest.mark.skipif(not library.load() or library.load().level == "scalar", reason="torch's head rounds")
+def test_logits_of_a_bf16_model_are_fp32_sums(tmp_path: Path) -> None:
+    model = random_model(hf.LlamaConfig(**{**SIZES, "vocab_size": 4000})).bfloat16()
+    model.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "compact", progress=False)
+    decoder, hidden = load(tmp_path / "compact", device="cpu"), []
+    head = decoder.weights.head
+    decoder.weights = replace(decoder.weights, head=lambda x, wide: (hidden.append(x), head(x, wide))[1])
+    runner = Runner(decoder)
+    sequences = [runner.sequence(tokens, floor=len(tokens)) for tokens in token_rows(4000)]
+    runner.run([(s, len(s.tokens)) for s in sequences])
+    logits = torch.cat([torch.stack(s.logits) for s in sequences])
+    x, weight = hidden[0], model.lm_head.weight.detach()
+    truth, rounded = x.double() @ weight.double().t(), torch.nn.functional.linear(x, weight).float()
+    assert (logits - truth).abs().max() < 1e-3 * (rounded - truth).abs().max()
+
+    def ties(rows: torch.Tensor) -> int:
+        first, second = rows.topk(2).values.unbind(1)
+        return int((first == second).sum())
+
+    assert ties(rounded) > 0
+    assert ties(logits) == 0

@@ -48,20 +48,24 @@ struct Call {
     bool tiles;
 };
 
+// Rows begin .. end of to [m, count] = x[order[:count]].
 template <class T>
-void choose(const void* x, i64 k, const Chain& c, i64 begin, i64 end) {
+void choose(const void* x, i64 k, const int* order, i64 count, void* to, i64 begin, i64 end) {
     for (i64 m = begin; m < end; m++) {
         const T* from = static_cast<const T*>(x) + m * k;
-        T* to = static_cast<T*>(c.chosen) + m * c.chosen_count;
-        for (i64 i = 0; i < c.chosen_count; i++) to[i] = from[c.part.order[i]];
+        T* row = static_cast<T*>(to) + m * count;
+        for (i64 i = 0; i < count; i++) row[i] = from[order[i]];
     }
+}
+void choose(int dtype, const void* x, i64 k, const int* order, i64 count, void* to, i64 begin, i64 end) {
+    (dtype == FP32 ? choose<u32> : choose<u16>)(x, k, order, count, to, begin, end);
 }
 
 void run(const Call& call, const Chain& c, int job, i64 begin, i64 end) {
     const i64 rank = c.part.rank;
     switch (job) {
         case ARRANGE_X:
-            if (c.chosen) (call.dtype == FP32 ? choose<u32> : choose<u16>)(call.x, call.k, c, begin, end);
+            if (c.chosen) choose(call.dtype, call.x, call.k, c.part.order, c.chosen_count, c.chosen, begin, end);
             if (c.packed_x) {
                 const int* rest = c.part.order ? c.part.order + rank : nullptr;
                 pack(call.x, call.k, rest, call.m, c.part.columns, c.packed_x, begin, end);
@@ -174,4 +178,12 @@ extern "C" void pared_basis_linear(int level, int dtype, int threads, const void
         const Tiles mine(call.tiles ? m : 0);
         work(call, chains, next);
     }
+}
+
+// y [m, k] = x [m, k] with columns in this order.
+extern "C" void pared_in_order(int, int dtype, int threads, const void* x, const void* order, void* y, i64 m, i64 k) {
+    threads = useful_threads(m * k * element_bytes(dtype), threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (i64 row = 0; row < m; row += ROWS)
+        choose(dtype, x, k, static_cast<const int*>(order), k, y, row, least(m, row + ROWS));
 }

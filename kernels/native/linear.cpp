@@ -25,7 +25,7 @@ namespace amx {
 
 // A lone row leaves tiles idle: eight streams of W then read 3 % faster than the sixteen of a tile.
 bool on_tiles(int level, int dtype, i64 m, i64 n) { return level == AMX && dtype == BF16 && m > 1 && n >= ROWS; }
-i64 packed_words(i64 m, i64 k) { return amx::row_words(m) * amx::row_pairs(k); }
+i64 packed_words(i64 m, i64 k) { return amx::packed_words(m, k); }
 void pack(const void* x, i64 x_stride, const int* order, i64 m, i64 k, u32* packed, i64 begin, i64 end) {
     amx::pack(static_cast<const bf16*>(x), x_stride, order, m, k, packed, begin, end);
 }

@@ -7,6 +7,7 @@
 
 constexpr i64 TILE_K = 32;       // bf16 columns of a tile of W
 constexpr i64 TILE_M = 16;       // rows of x in a tile, transposed
+constexpr i64 BLOCK_M = 64;      // rows of x that are packed side by side, and multiplied at once
 constexpr i64 AHEAD_BYTES = 512; // prefetched in each of the 16 rows
 
 struct TileConfig {
@@ -25,17 +26,19 @@ static inline void configure(i64 columns) {
 }
 static inline void release() { _tile_release(); }
 
-// The words from one pair of columns to the next, and the pairs.
-static inline i64 row_words(i64 m) { return m <= TILE_M ? m : ceil_div(m, TILE_M) * TILE_M; }
+// The words from one pair of columns to the next, the pairs, and all words.
+static inline i64 row_words(i64 m) { return m <= TILE_M ? m : least(BLOCK_M, ceil_div(m, TILE_M) * TILE_M); }
 static inline i64 row_pairs(i64 k) { return ceil_div(k, TILE_K) * TILE_K / 2; }
+static inline i64 packed_words(i64 m, i64 k) { return ceil_div(m, BLOCK_M) * row_words(m) * row_pairs(k); }
 
-// Two neighbours along K of every row of x, side by side: packed [ceil(k / 32) * 16, ld], zeros behind column k.
+// Two neighbours along K of up to 64 rows of x, side by side: packed [ceil(m / 64), ceil(k / 32) * 16, row_words], zeros
+// behind column k.
 static void pack(const bf16* x, i64 x_stride, const int* order, i64 m, i64 k, u32* packed, i64 begin, i64 end) {
     const i64 ld = row_words(m), pairs = row_pairs(k);
     const auto column = [&](i64 i) { return order ? order[i] : i; };
     for (i64 row = begin; row < end; row++) {
         const bf16* from = x + row * x_stride;
-        u32* to = packed + row;
+        u32* to = packed + row / BLOCK_M * pairs * ld + row % BLOCK_M;
         i64 pair = 0;
         for (; pair < k / 2; pair++) to[pair * ld] = from[column(2 * pair)].bits | u32(from[column(2 * pair + 1)].bits) << 16;
         if (k % 2) to[pair++ * ld] = from[column(k - 1)].bits;
@@ -83,7 +86,7 @@ static inline void zero_sums() {
 template <int TILES>
 static void tiles(const Linear& a, i64 m0, i64 n0, i64 gap, i64 done) {
     const bf16* w = static_cast<const bf16*>(a.w) + n0 * a.k;
-    const u32* x = a.packed + m0;
+    const u32* x = a.packed + m0 * row_pairs(a.k);
     const i64 stride = gap * a.k, ld = row_words(a.m);
     zero_sums();
     i64 k = 0;
@@ -103,20 +106,22 @@ static void tiles(const Linear& a, i64 m0, i64 n0, i64 gap, i64 done) {
             put<bf16>(a, m, n0 + r * gap, sums[(m - m0) / TILE_M][r][(m - m0) % TILE_M]);
 }
 
-// 16 rows of W against all rows of x.
-static void sixteen(const Linear& a, i64 n, i64 gap, i64 done) {
-    for (i64 m = 0; m < a.m; m += 4 * TILE_M) switch (ceil_div(least(a.m - m, 4 * TILE_M), TILE_M)) {
-            case 1: tiles<1>(a, m, n, gap, done); break;
-            case 2: tiles<2>(a, m, n, gap, done); break;
-            case 3: tiles<3>(a, m, n, gap, done); break;
-            default: tiles<4>(a, m, n, gap, done);
-        }
+// 16 rows of W against up to 64 rows of x.
+static void sixteen(const Linear& a, i64 m, i64 n, i64 gap, i64 done) {
+    switch (ceil_div(least(a.m - m, BLOCK_M), TILE_M)) {
+        case 1: return tiles<1>(a, m, n, gap, done);
+        case 2: return tiles<2>(a, m, n, gap, done);
+        case 3: return tiles<3>(a, m, n, gap, done);
+        default: tiles<4>(a, m, n, gap, done);
+    }
 }
 
 // Rows begin .. end as 16 streams (see linear_kernel.h); what is left at W's end is a tile that reaches back, so W has
-// 16 rows at least.
+// 16 rows at least. The second 64 rows of x find these rows of W in the cache.
 static void rows_of(const Linear& a, i64 begin, i64 end) {
     const i64 gap = (end - begin) / ROWS, left = (end - begin) % ROWS;
-    for (i64 n = begin; n < begin + gap; n++) sixteen(a, n, gap, 0);
-    if (left) sixteen(a, end - ROWS, 1, ROWS - left);
+    for (i64 m = 0; m < a.m; m += BLOCK_M) {
+        for (i64 n = begin; n < begin + gap; n++) sixteen(a, m, n, gap, 0);
+        if (left) sixteen(a, m, end - ROWS, 1, ROWS - left);
+    }
 }

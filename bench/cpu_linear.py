@@ -73,7 +73,7 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         raise KernelError(library.why_not())
     cache = last_level_cache()
     generator = torch.Generator().manual_seed(0)
-    weights = Weights(_buffer(dtype, max(CEILING_BYTES, min(8 * cache, free_memory() // 4)), generator))
+    weights = Weights(buffer_of(dtype, max(CEILING_BYTES, min(8 * cache, free_memory() // 4)), generator))
     cases = []
     for n, k, m in CASES:
         x = torch.randn(m, k, generator=generator).to(dtype)
@@ -141,7 +141,7 @@ def free_memory() -> int:
     return int(found[1]) << 10 if found else CEILING_BYTES
 
 
-def _buffer(dtype: torch.dtype, size: int, generator: torch.Generator) -> torch.Tensor:
+def buffer_of(dtype: torch.dtype, size: int, generator: torch.Generator) -> torch.Tensor:
     """`size` bytes of weights: random ones, repeated every 64 MiB or so."""
     import torch
 

@@ -1,0 +1,264 @@
+"""One decoder layer on this CPU in every form that shared_basis gives it, against our own best dense, interleaved.
+
+A layer is its linears alone, q|k|v, o, gate|up and down, at the shapes of Llama-2-7B and Llama-3-8B with the ranks that
+Basis Sharing chooses for groups of two. Weights are cold as in cpu_linear.py. The dense side is the faster of the
+dense format and F.linear at that M. No time is given for a form whose result is not as near to the unrounded one as
+plain torch's in the same dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import KernelError
+from ..kernels.dispatch import set_threads
+from . import record
+from .cpu_linear import CEILING_BYTES, Weights, buffer_of, free_memory, last_level_cache, reads_of, seconds_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..kernels.unit import Packed, Prepared
+
+CONFIGS = {  # hidden size 4096, 32 heads
+    "llama-2-7b": {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+    "llama-3-8b": {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+}
+SETS: tuple[tuple[str, ...], ...] = (  # modules that read the same input
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+RATIOS, FORMS, GROUP = (20, 50), ("pivoted", "factored"), 2
+DENSE, TORCH = "dense", "F.linear"
+SIDES = (DENSE, TORCH, *(f"{form} {ratio} %" for ratio in RATIOS for form in FORMS))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
+CHECKED_ROWS = 2  # of x: the reference computes in fp32, slowly
+COLUMNS = ("M", "form", "time_us", "MB", "GB/s", "% of ceiling", "best dense / this (quartiles)")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A linear of the layer and its rank at each of RATIOS."""
+
+    path: str
+    n: int
+    k: int
+    ranks: dict[int, int]
+
+
+@dataclass
+class Case:
+    """One side at one M: seconds of every set of the layer in every round, and bytes of weights."""
+
+    side: str
+    m: int
+    seconds: list[list[float]] = field(default_factory=list)
+    weight_bytes: int = 0
+
+    def layer(self) -> list[float]:
+        """Seconds of the whole layer in every round."""
+        return [sum(sets) for sets in self.seconds]
+
+
+def plan(name: str) -> list[list[Module]]:
+    """The first layer's linears of model `name`, those with one input together, as the paper's rules rank them."""
+    from .. import families
+    from ..converters.groups import kinds, runs
+    from ..converters.low_rank import rank
+
+    common = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32}
+    common |= {"num_hidden_layers": GROUP, "max_position_embeddings": 4096}
+    spec = families.read(common | CONFIGS[name])
+    modules = {}
+    for kind in kinds(spec):
+        group = runs(spec, GROUP)[0].groups(spec, kind, kind.shared)[0]
+        linear = spec.linears()[group.paths[0]]
+        ranks = {ratio: rank(ratio / 100, linear.n, linear.k, group.size) for ratio in RATIOS}
+        modules[kind.name] = Module(kind.name, linear.n, linear.k, ranks)
+    return [[modules[name] for name in names] for names in SETS]
+
+
+def measure(name: str, dtype: torch.dtype, rows: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Time every side at every M `rounds` times in turn; returns what the JSON holds. Raises KernelError."""
+    import torch
+
+    from ..kernels.native import library
+
+    native = library.load()
+    if native is None:
+        raise KernelError(library.why_not())
+    generator = torch.Generator().manual_seed(0)
+    cache, layer = last_level_cache(), plan(name)
+    weights = Weights(buffer_of(dtype, max(CEILING_BYTES, min(8 * cache, free_memory() // 4)), generator))
+    cases = [Case(side, m) for m in rows for side in SIDES]
+    reads: dict[str, list[float]] = {}
+    result = record.circumstances()
+    with torch.inference_mode():
+        for case in cases:
+            _check(case, layer, weights, dtype, generator)
+        for number in range(rounds):
+            for how, run in reads_of(weights.buffer, native).items():
+                reads.setdefault(how, []).append(CEILING_BYTES / seconds_of(run) / 1e9)
+            for case in cases if number % 2 else reversed(cases):
+                _time(case, layer, weights, dtype, generator)
+    ceiling = max(record.quartiles(rates)[1] for rates in reads.values())
+    return {
+        **result,
+        "model": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "level": native.level,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "last_level_cache_bytes": cache,
+        "rotated_bytes": weights.buffer.nbytes,
+        "ceiling_gb_per_s": ceiling,
+        "reads_gb_per_s": {how: record.quartiles(rates) for how, rates in reads.items()},
+        "sets": [[module.path for module in modules] for modules in layer],
+        "cases": [_summary(case, cases, ceiling) for case in cases],
+    }
+
+
+def _pack(side: str, module: Module, weights: Weights) -> Packed:
+    """Cold weights of one module in the form of `side`."""
+    import torch
+
+    from ..kernels import dense, shared_basis
+    from ..kernels.unit import Packed
+
+    shapes, n, k = {module.path: (module.n, module.k)}, module.n, module.k
+    if side in (DENSE, TORCH):
+        return Packed(dense.NAME, dense.VERSION, shapes, {"weight": weights.take(n, k)})
+    form, ratio, _ = side.split()
+    rank = module.ranks[int(ratio)]
+    tensors = {"coefficients." + module.path: weights.take(n, rank)}
+    if form == "pivoted":
+        tensors |= {"basis": weights.take(rank, k - rank), "pivots": torch.randperm(k)[:rank].sort()[0].int()}
+    else:
+        tensors |= {"basis": weights.take(rank, k)}
+    return Packed(shared_basis.NAME, shared_basis.VERSION, shapes, tensors)
+
+
+def _prepare(side: str, modules: list[Module], packs: list[Packed], weights: Weights) -> Prepared:
+    """What the decoder holds for modules with one input; dense ones are laid side by side as the loader would."""
+    from ..kernels import dense, formats
+    from ..kernels.unit import Prepared
+
+    if side in (DENSE, TORCH):
+        widths = tuple(module.n for module in modules)
+        return Prepared(dense.NAME, {modules[0].path: widths}, (weights.take(sum(widths), modules[0].k), None))
+    module = formats.by_name(packs[0].format)
+    return module.stack([(module.prepare(p, "cpu"), m.path) for p, m in zip(packs, modules, strict=True)])
+
+
+def _call(side: str, x: torch.Tensor, prepared: Prepared, path: str) -> Callable[[], torch.Tensor]:
+    import torch.nn.functional as F
+
+    from ..kernels import formats
+
+    weight = prepared.tensors[0]
+    if side == TORCH and weight is not None:
+        return lambda: F.linear(x, weight)
+    return lambda: formats.by_name(prepared.format).apply(x, prepared, path)
+
+
+def _check(
+    case: Case, layer: list[list[Module]], weights: Weights, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Note the bytes; raise KernelError unless `apply` is as near to the unrounded result as `reference` is."""
+    import torch
+
+    from ..kernels import formats
+
+    for modules in layer:
+        packs = [_pack(case.side, module, weights) for module in modules]
+        case.weight_bytes += sum(formats.by_name(p.format).traffic(p, case.m).weight_bytes for p in packs)
+        if case.side in (DENSE, TORCH):
+            continue  # cpu_linear.py has checked both
+        x = torch.randn(case.m, modules[0].k, generator=generator).to(dtype)
+        prepared = _prepare(case.side, modules, packs, weights)
+        y = _call(case.side, x, prepared, modules[0].path)()[:CHECKED_ROWS]
+        few, reference = x[:CHECKED_ROWS], formats.by_name(packs[0].format).reference
+        pairs = list(zip(packs, (module.path for module in modules), strict=True))
+        own, truth = (torch.cat([reference(rows, *pair) for pair in pairs], dim=1) for rows in (few, few.float()))
+        ours, owns = ((result.float() - truth).square().mean().sqrt().item() for result in (y, own))
+        if not ours <= owns + 1e-5 * max(1.0, truth.abs().max().item()):
+            raise KernelError(
+                f"{case.side}, {modules[0].path}, M = {case.m}: our error is {ours:.3g}, torch's {owns:.3g}"
+            )
+
+
+def _time(
+    case: Case, layer: list[list[Module]], weights: Weights, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    import torch
+
+    seconds = []
+    for modules in layer:
+        packs = [] if case.side in (DENSE, TORCH) else [_pack(case.side, module, weights) for module in modules]
+        prepared = _prepare(case.side, modules, packs, weights)
+        x = torch.randn(case.m, modules[0].k, generator=generator).to(dtype)
+        seconds.append(seconds_of(_call(case.side, x, prepared, modules[0].path)))
+    case.seconds.append(seconds)
+
+
+def _summary(case: Case, cases: list[Case], ceiling: float) -> dict[str, Any]:
+    ours = record.quartiles(case.layer())
+    denses = [other.layer() for other in cases if other.m == case.m and other.side in (DENSE, TORCH)]
+    best = min(denses, key=lambda seconds: record.quartiles(seconds)[1])
+    rate = case.weight_bytes / ours[1] / 1e9
+    return {
+        "side": case.side,
+        "m": case.m,
+        "bytes": case.weight_bytes,
+        "time_us": [1e6 * seconds for seconds in ours],
+        "sets_us": [1e6 * record.quartiles(list(seconds))[1] for seconds in zip(*case.seconds, strict=True)],
+        "ratio": record.ratios(case.layer(), best),
+        "gb_per_s": rate,
+        "percent_of_ceiling": 100 * rate / ceiling,
+    }
+
+
+def lines(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The cases as lines of a table under COLUMNS."""
+    for case in result["cases"]:
+        low, middle, high = case["ratio"]
+        yield (
+            str(case["m"]),
+            case["side"],
+            f"{case['time_us'][1]:.0f}",
+            f"{case['bytes'] / 1e6:.1f}",
+            f"{case['gb_per_s']:.1f}",
+            f"{case['percent_of_ceiling']:.0f}",
+            f"{middle:.2f} ({low:.2f} to {high:.2f})",
+        )
+
+
+def main() -> None:
+    """`make bench`: a table and a JSON for each model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--models", nargs="+", choices=tuple(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--rounds", type=int, default=11)
+    options = parser.parse_args()
+    set_threads()
+    import torch
+
+    from ..terminal import print_table
+
+    for name in options.models:
+        result = measure(name, getattr(torch, options.dtype), options.rows, options.rounds)
+        record.write(f"cpu_formats_{name}_{options.dtype}", result)
+        reads = ", ".join(f"{how} {rate[1]:.1f}" for how, rate in result["reads_gb_per_s"].items())
+        print_table(
+            f"{name}, one layer, {options.dtype}, {result['level']}; GB/s read: {reads}", COLUMNS, lines(result)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -63,7 +63,7 @@ BASIS_GEMV = {
 }
 
 # M > 1, the first launch, which gathers a tile of x for as many outputs as it can.
-BASIS_GEMM = {
+BASIS_GEMM: dict[str, tuple[Tile, ...]] = {
     "default": (Tile(16, 32, 128, warps=4, stages=4), Tile(64, 64, 64, warps=4, stages=4)),
     "gfx942": (Tile(16, 64, 64, warps=4, stages=2), Tile(64, 64, 64, warps=2, stages=2)),
     "interpret": (Tile(16, 256, 256, warps=1, stages=1), Tile(128, 256, 256, warps=1, stages=1)),

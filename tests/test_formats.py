@@ -6,6 +6,7 @@ tests/test_triton_interpret.py runs this file a second time, through the Triton 
 from __future__ import annotations
 
 import json
+
 import pytest
 import torch
 

@@ -36,7 +36,7 @@ SETS: tuple[tuple[str, ...], ...] = (  # modules that read the same input
 RATIOS, FORMS, GROUP = (20, 50), ("pivoted", "factored"), 2
 DENSE, TORCH = "dense", "F.linear"
 SIDES = (DENSE, TORCH, *(f"{form} {ratio} %" for ratio in RATIOS for form in FORMS))
-ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 CHECKED_ROWS = 2  # of x: the reference computes in fp32, slowly
 COLUMNS = ("M", "form", "time_us", "MB", "GB/s", "% of ceiling", "best dense / this (quartiles)")
 
@@ -84,7 +84,7 @@ def plan(name: str) -> list[list[Module]]:
 
 
 def measure(name: str, dtype: torch.dtype, rows: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Time every side at every M `rounds` times in turn; returns what the JSON holds. Raises KernelError."""
+    """Time every side at every M once a round, in random order; returns what the JSON holds. Raises KernelError."""
     import torch
 
     from ..kernels.native import library
@@ -101,11 +101,11 @@ def measure(name: str, dtype: torch.dtype, rows: Sequence[int], rounds: int) -> 
     with torch.inference_mode():
         for case in cases:
             _check(case, layer, weights, dtype, generator)
-        for number in range(rounds):
+        for _ in range(rounds):
             for how, run in reads_of(weights.buffer, native).items():
                 reads.setdefault(how, []).append(CEILING_BYTES / seconds_of(run) / 1e9)
-            for case in cases if number % 2 else reversed(cases):
-                _time(case, layer, weights, dtype, generator)
+            for at in torch.randperm(len(cases), generator=generator).tolist():
+                _time(cases[at], layer, weights, dtype, generator)
     ceiling = max(record.quartiles(rates)[1] for rates in reads.values())
     return {
         **result,

@@ -14,7 +14,6 @@ PIP_FAILED = { echo; echo "make: pip could not install $(1). Is the network, or 
 # Whatever shell calls make, an active virtual environment or PYTHONPATH included: only $(VENV) counts.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_VIRTUALENV PIP_CONSTRAINT
 export PYTHONSAFEPATH := 1
-export OMP_WAIT_POLICY := passive
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test lint bench clean help
@@ -40,6 +39,7 @@ lint: $(READY)
 
 bench: $(READY) $(TEXTS)
 	$(BIN)/python -m pared.bench.cpu_linear
+	$(BIN)/python -m pared.bench.cpu_formats
 	$(BIN)/python -m pared.bench.end_to_end demo/smollm2
 
 $(READY): setup.py pyproject.toml constraints.txt

@@ -79,9 +79,11 @@ def test_cpus_of_a_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files
 
 
 def test_threads_that_the_user_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    dispatch.set_threads()
-    assert dispatch.os.environ["OMP_NUM_THREADS"] == "7"
-    assert dispatch.os.environ["OMP_WAIT_POLICY"] == "passive"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
+    def after(**environ: str) -> dict[str, str]:
+        monkeypatch.setattr(dispatch.os, "environ", environ)
+        dispatch.set_threads()
+        return environ
+
+    assert after(OMP_NUM_THREADS="7") == {"OMP_NUM_THREADS": "7", "GOMP_SPINCOUNT": dispatch.SPINS}
+    assert after(GOMP_SPINCOUNT="5") == {"OMP_NUM_THREADS": str(dispatch.cpus()), "GOMP_SPINCOUNT": "5"}
+    assert "GOMP_SPINCOUNT" not in after(OMP_WAIT_POLICY="active")

@@ -162,8 +162,13 @@ def _train(
 
 
 def _loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the next token over windows [B, T]."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    """Mean cross-entropy of the next token over windows [B, T].
+
+    Products are bf16 where the machine has instructions for them, which halves the time of a step.
+    """
+    fast = model.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 

@@ -4,7 +4,8 @@
     for out in LLM("a-compact-folder").generate(["Once upon a time"], SamplingParams(max_tokens=32)):
         print(out.text)
 
-The names below are imported when they are first used, so that `import pared` loads no torch.
+The names below are imported when they are first used, so that `import pared` loads no torch. Whoever uses
+them before torch is loaded gets OpenMP threads that suit shared CPUs (kernels/dispatch.py, `set_threads`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def __getattr__(name: str) -> Any:
         return import_module(".errors", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if "torch" not in sys.modules:
+        import_module(".kernels.dispatch", __name__).set_threads()
     return getattr(import_module(_HOMES[name], __name__), name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -87,3 +88,11 @@ def test_threads_that_the_user_set_stay(monkeypatch: pytest.MonkeyPatch) -> None
     assert after(OMP_NUM_THREADS="7") == {"OMP_NUM_THREADS": "7", "GOMP_SPINCOUNT": dispatch.SPINS}
     assert after(GOMP_SPINCOUNT="5") == {"OMP_NUM_THREADS": str(dispatch.cpus()), "GOMP_SPINCOUNT": "5"}
     assert "GOMP_SPINCOUNT" not in after(OMP_WAIT_POLICY="active")
+
+
+def test_the_library_sets_threads_before_torch_is_loaded() -> None:
+    """Not the command line alone: libgomp's own spinning starves threads that share a CPU."""
+    code = "import os, pared; pared.SamplingParams; print(os.environ['GOMP_SPINCOUNT'])"
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
+    found = subprocess.run([sys.executable, "-P", "-c", code], env=clean, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == dispatch.SPINS

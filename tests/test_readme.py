@@ -30,7 +30,7 @@ COMMANDS = [
 def here(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that holds what the README takes for granted: a checkpoint and a text."""
     shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
-    (tmp_path / "book.txt").write_text("It was a plain day, and nothing much happened. " * 20, encoding="utf-8")
+    (tmp_path / "book.txt").write_text("It was a plain day, and nothing much happened. " * 1000, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

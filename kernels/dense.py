@@ -16,7 +16,7 @@ Paths of `apply`, by the number of rows M:
 GPU_ROWS has not been measured on a GPU: 128 is where 128-row tiles still read every weight once.
 Without a compiler or without Triton, F.linear runs at every M and is counted as a fall-back.
 
-A wide y is not rounded to the dtype of x: kernels store their fp32 sums, on a CPU in chunks of linear_rows. F.linear
+A wide y is not rounded to the dtype of x: kernels store their fp32 sums, on a CPU at every M. F.linear
 can only widen what it has rounded; above GPU_ROWS that has to do, where none but an evaluation reads logits.
 """
 
@@ -166,15 +166,11 @@ def _linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if native is None:
         fallback("linear", library.why_not())
         return _torch_path(x, weight, bias, wide)
-    rows = native.linear_rows(x.dtype)
+    rows = native.linear_rows(x.dtype, x.shape[1])
     if x.shape[0] > rows and not (wide and rows):
         return _torch_path(x, weight, bias, wide)
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32 if wide else x.dtype)
-    if x.shape[0] <= rows:
-        native.linear(x, weight, bias, y)
-    else:
-        for some_x, some_y in zip(x.split(rows), y.split(rows), strict=True):
-            native.linear(some_x, weight, bias, some_y)
+    native.linear(x, weight, bias, y)
     return y
 
 

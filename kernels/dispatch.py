@@ -81,7 +81,8 @@ def describe(device: torch.device | str, dtype: torch.dtype) -> list[tuple[str, 
         return [(op, "torch", library.why_not()) for op in ops]
     if dtype not in library.DTYPES:
         return [(op, "torch", f"no native kernel for {dtype}") for op in ops]
-    rows = native.linear_rows(dtype)
+    fewest, most = (native.linear_rows(dtype, inputs) for inputs in (1, 1 << 20))
+    rows = str(most) if fewest == most else f"{fewest} to {most}"
     return [
         ("linear", "native", f"{native.level}, up to {rows} rows; torch above"),
         ("attention", "native", native.level),

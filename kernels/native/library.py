@@ -54,6 +54,9 @@ _LINEAR_ROWS = {
     "amx": {torch.bfloat16: 64, torch.float16: 4, torch.float32: 32},
 }
 
+# With fewer inputs than this a sum is short and its end, which AMX tiles leave to scalar code, weighs more.
+_SHALLOW_INPUTS, _SHALLOW_ROWS = 2048, 32
+
 # basis_linear against two F.linears a part, whose gather and whose z go through memory.
 _BASIS_ROWS = _LINEAR_ROWS | {"amx": _LINEAR_ROWS["amx"] | {torch.bfloat16: 128}}
 
@@ -87,9 +90,10 @@ class Library:
             raise ValueError(f"this CPU runs up to {LEVELS[self._best]}, not {level}")
         return held
 
-    def linear_rows(self, dtype: torch.dtype) -> int:
-        """The largest M for which `linear` is the path of choice; F.linear is above it."""
-        return _LINEAR_ROWS[self.level][dtype]
+    def linear_rows(self, dtype: torch.dtype, inputs: int) -> int:
+        """The largest M for which `linear` over `inputs` inputs is the path of choice; F.linear is above it."""
+        rows = _LINEAR_ROWS[self.level][dtype]
+        return min(rows, _SHALLOW_ROWS) if inputs < _SHALLOW_INPUTS else rows
 
     def basis_rows(self, dtype: torch.dtype) -> int:
         """The largest M for which `basis_linear` is the path of choice; two F.linears a part are above it."""

@@ -102,9 +102,9 @@ def load() -> dict[str, Any]:
 
 def save(results: dict[str, Any], name: str, row: dict[str, Any]) -> None:
     """Add to a row, and write JSON and table."""
-    from ..reports import environment
+    from . import record
 
-    results["environment"] = dict(environment())
+    results.update(record.circumstances())
     results["rows"].setdefault(name, {}).update(row)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")

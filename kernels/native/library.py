@@ -55,7 +55,7 @@ _LINEAR_ROWS = {
 }
 
 # With fewer inputs than this a sum is short and its end, which AMX tiles leave to scalar code, weighs more.
-_SHALLOW_INPUTS, _SHALLOW_ROWS = 2048, 24
+_SHALLOW_INPUTS, _SHALLOW_ROWS = 2048, 32
 
 # basis_linear against two F.linears a part, whose gather and whose z go through memory.
 _BASIS_ROWS = _LINEAR_ROWS | {"amx": _LINEAR_ROWS["amx"] | {torch.bfloat16: 128}}

@@ -46,11 +46,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual [M, D] contiguous -> (rms_norm(s), s) with s = x + residual, rounded to their dtype."""
     _check_norm("add_rms_norm", x, weight)
-    if not (x.is_contiguous() and residual.is_contiguous()) or (x.shape, x.dtype) != (residual.shape, residual.dtype):
-        raise ValueError(
-            f"add_rms_norm wants two contiguous tensors alike, got {tuple(x.shape)} {x.dtype} with strides {x.stride()}"
-            f" and {tuple(residual.shape)} {residual.dtype} with strides {residual.stride()}"
-        )
+    _check_sum("add_rms_norm", x, residual)
     return _ADD_RMS_NORM(x, residual, weight, eps)
 
 
@@ -62,15 +58,32 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x [M, D] contiguous -> (x - mean) / sqrt(variance + eps) * weight [D] + bias [D]."""
-    _check_norm("layer_norm", x, weight)
-    if not x.is_contiguous() or (bias is not None and (bias.shape, bias.dtype) != (weight.shape, weight.dtype)):
-        raise ValueError(f"layer_norm wants contiguous x and a bias like its weight, got strides {x.stride()}, {bias}")
+    _check_norm("layer_norm", x, weight, bias)
+    if not x.is_contiguous():
+        raise ValueError(f"layer_norm wants contiguous x, got {tuple(x.shape)} with strides {x.stride()}")
     return _LAYER_NORM(x, weight, bias, eps)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """`layer_norm` in plain torch."""
     return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x, residual [M, D] contiguous -> (layer_norm(s), s) with s = x + residual, rounded to their dtype."""
+    _check_norm("add_layer_norm", x, weight, bias)
+    _check_sum("add_layer_norm", x, residual)
+    return _ADD_LAYER_NORM(x, residual, weight, bias, eps)
+
+
+def add_layer_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` in plain torch."""
+    total = (x.float() + residual.float()).to(x.dtype)
+    return layer_norm_reference(total, weight, bias, eps), total
 
 
 def rotary_cache(
@@ -83,8 +96,12 @@ def rotary_cache(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Rotate q and k, write k and v to their pools, and return q [T, H, D] contiguous.
+
+    norms: fp32 weights [D] of RMSNorms with `eps` that each head of q and each of k passes first, as Qwen3's do.
 
     qkv [T, (H + 2 KV) D] contiguous; cos, sin fp32 [T, R / 2]: the first R of D dims are rotated,
     dim i with dim i + R / 2, as Hugging Face does (R = 0: none); pools [blocks, page, KV, D];
@@ -110,25 +127,58 @@ def rotary_cache(
         )
     if 2 * half > head_dim:
         raise ValueError(f"rotary_cache cannot rotate {2 * half} of {head_dim} dims")
-    return _ROTARY_CACHE(qkv, cos, sin, k_pool, v_pool, slots, heads)
+    for norm in norms or ():
+        if norm.shape != (head_dim,) or norm.dtype != torch.float32 or not norm.is_contiguous():
+            raise ValueError(
+                f"rotary_cache wants fp32 norm weights [{head_dim}], got {tuple(norm.shape)} of {norm.dtype}"
+            )
+    return _ROTARY_CACHE(qkv, cos, sin, k_pool, v_pool, slots, heads, *(norms or (None, None)), eps)
 
 
 def rotary_cache_reference(
-    qkv: Tensor, cos: Tensor, sin: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, heads: int
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """`rotary_cache` in plain torch."""
     kv_heads, head_dim = k_pool.shape[2:]
     q, k, v = qkv.view(qkv.shape[0], heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
-    k_pool.view(-1, kv_heads, head_dim)[slots] = _rotate(k, cos, sin)
+    k_pool.view(-1, kv_heads, head_dim)[slots] = _rotate(k, cos, sin, k_norm, eps)
     v_pool.view(-1, kv_heads, head_dim)[slots] = v
-    return _rotate(q, cos, sin)
+    return _rotate(q, cos, sin, q_norm, eps)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float) -> Tensor:
     half = cos.shape[1]
-    first, second, rest = x.split([half, half, x.shape[2] - 2 * half], dim=2)
-    a, b, c, s = first.float(), second.float(), cos[:, None], sin[:, None]
-    return torch.cat([(a * c - b * s).to(x.dtype), (b * c + a * s).to(x.dtype), rest], dim=2)
+    wide = x.float()
+    if norm is not None:
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * norm
+    a, b, rest = wide.split([half, half, x.shape[2] - 2 * half], dim=2)
+    c, s = cos[:, None], sin[:, None]
+    return torch.cat([a * c - b * s, b * c + a * s, rest], dim=2).to(x.dtype)
+
+
+def concat(parts: list[Tensor]) -> Tensor:
+    """Contiguous tensors [M, N_i] of one dtype side by side: [M, sum N]."""
+    alike = {(part.dim(), part.shape[:1], part.dtype) for part in parts}
+    if not 0 < len(parts) <= library.MOST_PARTS or len(alike) > 1 or not all(p.is_contiguous() for p in parts):
+        raise ValueError(
+            f"concat wants 1 to {library.MOST_PARTS} contiguous tensors [M, N] of one dtype and M, got "
+            + "; ".join(f"{tuple(part.shape)} of {part.dtype} with strides {part.stride()}" for part in parts)
+        )
+    return _CONCAT(parts)
+
+
+def concat_reference(parts: list[Tensor]) -> Tensor:
+    """`concat` in plain torch."""
+    return torch.cat(parts, dim=1)
 
 
 def gated_act(gate_up: Tensor, kind: str) -> Tensor:
@@ -156,13 +206,23 @@ def act_reference(x: Tensor, kind: str) -> Tensor:
     return ACTIVATIONS[kind](x.float()).to(x.dtype)
 
 
-def _check_norm(op: str, x: Tensor, weight: Tensor) -> None:
+def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     dtypes_fit = x.dtype in library.DTYPES and weight.dtype == torch.float32
     if not dtypes_fit or x.dim() != 2 or x.stride(1) != 1 or weight.shape != x.shape[1:]:
         raise ValueError(
             f"{op} wants x [M, D] of bf16, fp16 or fp32 with dense rows and an fp32 weight [D], got x "
             f"{tuple(x.shape)} of {x.dtype} with strides {x.stride()} and a weight {tuple(weight.shape)} "
             f"of {weight.dtype}"
+        )
+    if bias is not None and (bias.shape, bias.dtype) != (weight.shape, weight.dtype):
+        raise ValueError(f"{op} wants a bias like its weight, got {tuple(bias.shape)} of {bias.dtype}")
+
+
+def _check_sum(op: str, x: Tensor, residual: Tensor) -> None:
+    if not (x.is_contiguous() and residual.is_contiguous()) or (x.shape, x.dtype) != (residual.shape, residual.dtype):
+        raise ValueError(
+            f"{op} wants two contiguous tensors alike, got {tuple(x.shape)} {x.dtype} with strides {x.stride()}"
+            f" and {tuple(residual.shape)} {residual.dtype} with strides {residual.stride()}"
         )
 
 
@@ -194,12 +254,37 @@ def _native_layer_norm(native: Library, x: Tensor, weight: Tensor, bias: Tensor 
     return out
 
 
+def _native_add_layer_norm(
+    native: Library, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    native.add_layer_norm(x, residual, weight, bias, eps, out, total)
+    return out, total
+
+
 def _native_rotary_cache(
-    native: Library, qkv: Tensor, cos: Tensor, sin: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, heads: int
+    native: Library,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
 ) -> Tensor:
     q = qkv.new_empty(qkv.shape[0], heads, k_pool.shape[3])
-    native.rotary_cache(qkv, cos, sin, k_pool, v_pool, slots, heads, q)
+    norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+    native.rotary_cache(qkv, cos, sin, k_pool, v_pool, slots, heads, norms, eps, q)
     return q
+
+
+def _native_concat(native: Library, parts: list[Tensor]) -> Tensor:
+    out = parts[0].new_empty(parts[0].shape[0], sum(part.shape[1] for part in parts))
+    native.concat(parts, out)
+    return out
 
 
 def _native_gated_act(native: Library, gate_up: Tensor, kind: str) -> Tensor:
@@ -255,12 +340,24 @@ _LAYER_NORM = _register(
     _native_layer_norm,
     lambda x, weight, bias, eps: torch.empty_like(x),
 )
+_ADD_LAYER_NORM = _register(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    add_layer_norm_reference,
+    _native_add_layer_norm,
+    lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x)),
+)
 _ROTARY_CACHE = _register(
-    "rotary_cache(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slots, int heads)"
-    " -> Tensor",
+    "rotary_cache(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slots, int heads,"
+    " Tensor? q_norm, Tensor? k_norm, float eps) -> Tensor",
     rotary_cache_reference,
     _native_rotary_cache,
-    lambda qkv, cos, sin, k_pool, v_pool, slots, heads: qkv.new_empty(qkv.shape[0], heads, k_pool.shape[3]),
+    lambda qkv, cos, sin, k_pool, v_pool, slots, heads, *_: qkv.new_empty(qkv.shape[0], heads, k_pool.shape[3]),
+)
+_CONCAT = _register(
+    "concat(Tensor[] parts) -> Tensor",
+    concat_reference,
+    _native_concat,
+    lambda parts: parts[0].new_empty(parts[0].shape[0], sum(part.shape[1] for part in parts)),
 )
 _GATED_ACT = _register(
     "gated_act(Tensor gate_up, str kind) -> Tensor",

@@ -34,10 +34,27 @@ def _rms_norm(
 
 
 @triton.jit
-def _layer_norm(x_ptr, weight_ptr, bias_ptr, y_ptr, D, eps, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _layer_norm(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    total_ptr,
+    D,
+    eps,
+    ADD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(residual_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * D + d, total, mask=d < D)
+        x = total.to(tl.float32)
     centred = tl.where(d < D, x - tl.sum(x, axis=0) / D, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + eps)
     y = centred * scale * tl.load(weight_ptr + d, mask=d < D, other=0.0)
@@ -55,8 +72,12 @@ def _rotary_cache(
     v_pool_ptr,
     slots_ptr,
     q_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     heads,
     kv_heads,
+    eps,
+    NORMED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -73,11 +94,18 @@ def _rotary_cache(
     else:
         rotated = d < 2 * HALF
         # Dim i turns with dim i + HALF: (a, b) -> (a cos - b sin, b cos + a sin).
-        partner = tl.load(source + tl.where(d < HALF, d + HALF, d - HALF), mask=rotated, other=0.0).to(tl.float32)
+        other = tl.where(d < HALF, d + HALF, d - HALF)
+        partner = tl.load(source + other, mask=rotated, other=0.0).to(tl.float32)
+        x = x.to(tl.float32)
+        if NORMED:
+            scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HEAD_DIM + eps)
+            norm_ptr = q_norm_ptr if head < heads else k_norm_ptr
+            x *= scale * tl.load(norm_ptr + d, mask=inside, other=0.0)
+            partner *= scale * tl.load(norm_ptr + other, mask=rotated, other=0.0)
         angle = token * HALF + tl.where(d < HALF, d, d - HALF)
         cos = tl.load(cos_ptr + angle, mask=rotated, other=1.0)
         sin = tl.load(sin_ptr + angle, mask=rotated, other=0.0)
-        turned = x.to(tl.float32) * cos + partner * tl.where(d < HALF, -sin, sin)
+        turned = x * cos + partner * tl.where(d < HALF, -sin, sin)
         y = turned.to(q_ptr.dtype.element_ty)
         if head < heads:
             tl.store(q_ptr + (token * heads + head) * HEAD_DIM + d, y, mask=inside)
@@ -128,15 +156,33 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """See fused.layer_norm."""
-    y, (m, d) = torch.empty_like(x), x.shape
-    block = triton.next_power_of_2(d)
-    if m:
-        _layer_norm[(m,)](x, weight, bias, y, d, eps, HAS_BIAS=bias is not None, BLOCK=block, num_warps=_warps(block))
+    y = torch.empty_like(x)
+    if y.numel():
+        _launch_layer_norm(x, None, weight, bias, y, None, eps)
     return y
 
 
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See fused.add_layer_norm."""
+    y, total = torch.empty_like(x), torch.empty_like(x)
+    if y.numel():
+        _launch_layer_norm(x, residual, weight, bias, y, total, eps)
+    return y, total
+
+
 def rotary_cache(
-    qkv: Tensor, cos: Tensor, sin: Tensor, k_pool: Tensor, v_pool: Tensor, slots: Tensor, heads: int
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
 ) -> Tensor:
     """See fused.rotary_cache."""
     kv_heads, head_dim = k_pool.shape[2:]
@@ -144,8 +190,15 @@ def rotary_cache(
     if q.numel():
         sizes = {"HEAD_DIM": head_dim, "HALF": cos.shape[1], "BLOCK": triton.next_power_of_2(head_dim)}
         grid = (qkv.shape[0], heads + 2 * kv_heads)
-        _rotary_cache[grid](qkv, cos, sin, k_pool, v_pool, slots, q, heads, kv_heads, **sizes, num_warps=1)
+        norms = {"NORMED": q_norm is not None}
+        tensors = (qkv, cos, sin, k_pool, v_pool, slots, q, q_norm, k_norm)
+        _rotary_cache[grid](*tensors, heads, kv_heads, eps, **norms, **sizes, num_warps=1)
     return q
+
+
+def concat(parts: list[Tensor]) -> Tensor:
+    """See fused.concat; a copy that torch makes as well as anyone."""
+    return torch.cat(parts, dim=1)
 
 
 def gated_act(gate_up: Tensor, kind: str) -> Tensor:
@@ -173,6 +226,21 @@ def _launch_rms_norm(
     block = triton.next_power_of_2(d)
     add = residual is not None
     _rms_norm[(m,)](x, residual, weight, y, total, d, x.stride(0), eps, ADD=add, BLOCK=block, num_warps=_warps(block))
+
+
+def _launch_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    total: Tensor | None,
+    eps: float,
+) -> None:
+    m, d = x.shape
+    block = triton.next_power_of_2(d)
+    flags = {"ADD": residual is not None, "HAS_BIAS": bias is not None}
+    _layer_norm[(m,)](x, residual, weight, bias, y, total, d, eps, **flags, BLOCK=block, num_warps=_warps(block))
 
 
 def _warps(block: int) -> int:

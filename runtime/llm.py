@@ -17,6 +17,7 @@ from ..kernels import dispatch
 from ..spec import Spec
 from .cache import KVCache, bytes_per_block
 from .engine import EngineCore
+from .graphs import GraphedDecoder
 from .loader import load
 from .memory import cache_blocks
 from .outputs import Choice, Completion, Delta, Output
@@ -65,7 +66,7 @@ class LLM:
         self.default_params = _default_params(configs[0])
         self.context = context_length(self.model.spec)
         self.core = EngineCore(
-            self.model,
+            GraphedDecoder(self.model),
             self._cache(max_batch, page, num_blocks, kv_cache_bytes),
             context=self.context,
             eos=_eos_ids(configs, self.tokenizer),

@@ -33,7 +33,7 @@ class Projection:
     def __call__(self, x: torch.Tensor, wide: bool = False) -> torch.Tensor:
         """wide: in fp32, whatever x has."""
         outputs = [formats.by_name(prepared.format).apply(x, prepared, path, wide) for prepared, path in self.parts]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return outputs[0] if len(outputs) == 1 else fused.concat(outputs)
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Norm:
         """The norm of x + residual, and that sum."""
         if self.kind == "rms":
             return fused.add_rms_norm(x, residual, self.weight, self.eps)
-        total = residual + x
-        return self(total), total
+        return fused.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,15 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What the layers start from: the embedded tokens [T, hidden] and their rotary tables, fp32 [T, rotated / 2]."""
+
+    hidden: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True)
 class _Step:
     """What every layer of one forward pass needs beside its weights."""
 
@@ -121,21 +129,25 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Logits of the rows that the batch asks for: fp32 [R, vocab]. Writes K and V of all rows to the cache."""
-        hidden = self._embed(batch)
-        step = _Step(batch, *self._rotary_rows(batch))
-        layers = self._pre_norm if self.spec.pre_norm else self._post_norm
-        hidden = layers(hidden, step, cache)
-        if self.weights.project_out:
-            hidden = self.weights.project_out(hidden)
-        return self.weights.head(hidden, wide=True)
+        return self.run_layers(self.embed(batch), batch, cache)
 
-    def _embed(self, batch: Batch) -> torch.Tensor:
+    def embed(self, batch: Batch) -> Rows:
+        """The first half of a call: whatever looks at tokens and positions."""
         hidden = self.weights.embed[batch.tokens]
         if self.weights.project_in:
             hidden = self.weights.project_in(hidden)
         if self.weights.positions is not None:
             hidden = hidden + self.weights.positions[batch.positions + self.spec.position_offset]
-        return hidden
+        return Rows(hidden, *self._rotary_rows(batch))
+
+    def run_layers(self, rows: Rows, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """The second half: all that reads weights, cache, slots and block tables; logits as `__call__` gives them."""
+        step = _Step(batch, rows.cos, rows.sin)
+        layers = self._pre_norm if self.spec.pre_norm else self._post_norm
+        hidden = layers(rows.hidden, step, cache)
+        if self.weights.project_out:
+            hidden = self.weights.project_out(hidden)
+        return self.weights.head(hidden, wide=True)
 
     def _rotary_rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if self._rotary:
@@ -154,25 +166,32 @@ class Decoder:
             branch = self._attend(normed, block, pools, step)
             normed, hidden = block.ffn_norm.after_sum(branch, hidden)
             branch = block.ffn(normed)
-        rows = step.batch.logit_rows
-        total = hidden[rows] if branch is None else hidden[rows] + branch[rows]
-        return self.weights.final_norm(total) if self.weights.final_norm else total
+        return self._last_norm(branch, hidden, step.batch.logit_rows)
+
+    def _last_norm(self, branch: torch.Tensor | None, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The final norm of the last sum, of the rows asked for."""
+        if len(rows) < len(hidden):
+            hidden, branch = hidden[rows], None if branch is None else branch[rows]
+        norm = self.weights.final_norm
+        if branch is None:
+            return norm(hidden) if norm else hidden
+        if norm is None:  # the sum alone, by a kernel that gives it too
+            return self.weights.blocks[-1].ffn_norm.after_sum(branch, hidden)[1]
+        return norm.after_sum(branch, hidden)[0]
 
     def _post_norm(self, hidden: torch.Tensor, step: _Step, cache: KVCache) -> torch.Tensor:
         """OPT-350m: every sum is normalised before it goes on."""
         for block, pools in zip(self.weights.blocks, cache.layers, strict=True):
-            hidden = block.attn_norm(hidden + self._attend(hidden, block, pools, step))
-            hidden = block.ffn_norm(hidden + block.ffn(hidden))
-        return hidden[step.batch.logit_rows]
+            hidden, _ = block.attn_norm.after_sum(self._attend(hidden, block, pools, step), hidden)
+            hidden, _ = block.ffn_norm.after_sum(block.ffn(hidden), hidden)
+        rows = step.batch.logit_rows
+        return hidden[rows] if len(rows) < len(hidden) else hidden
 
     def _attend(self, x: torch.Tensor, block: Block, pools: Pools, step: _Step) -> torch.Tensor:
         layer, batch, head_dim = block.layer, step.batch, self.spec.head_dim
-        qkv = block.qkv(x)
-        if block.q_norm and block.k_norm:
-            qkv = self._norm_heads(qkv, block, block.q_norm, block.k_norm)
-        q = fused.rotary_cache(
-            qkv, step.cos, step.sin, *pools, batch.slots, layer.heads, layer.kv_heads, head_dim
-        )  # [T, H, D]
+        norms = (block.q_norm.weight, block.k_norm.weight) if block.q_norm and block.k_norm else None
+        turning = (step.cos, step.sin, *pools, batch.slots, layer.heads, layer.kv_heads, head_dim)
+        q = fused.rotary_cache(block.qkv(x), *turning, norms, self.spec.norm_eps)  # [T, H, D]
         seen = attention.paged_attention(
             q,
             *pools,
@@ -184,12 +203,3 @@ class Decoder:
             layer.window,
         )
         return block.out(seen.view(len(x), layer.heads * head_dim))
-
-    def _norm_heads(self, qkv: torch.Tensor, block: Block, q_norm: Norm, k_norm: Norm) -> torch.Tensor:
-        """Qwen3 normalises every head of q and k on its own."""
-        head_dim = self.spec.head_dim
-        widths = [block.layer.heads * head_dim, block.layer.kv_heads * head_dim, block.layer.kv_heads * head_dim]
-        q, k, v = qkv.split(widths, dim=-1)
-        q = q_norm(q.reshape(-1, head_dim)).view(q.shape)
-        k = k_norm(k.reshape(-1, head_dim)).view(k.shape)
-        return torch.cat([q, k, v], dim=-1)

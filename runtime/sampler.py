@@ -7,6 +7,7 @@ depends on its logits and its seed alone, not on its batch mates, the device or 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,9 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], 
     rows = [i for i, sequence in enumerate(sequences) if not sequence.params.greedy]
     if rows:
         tokens[rows] = _draw(adjusted[rows], [sequences[i] for i in rows])
-    # One transfer for both: a row without a finite best logit answers with the token -1.
-    chosen = tokens.masked_fill(~best.isfinite(), -1).tolist()
-    if -1 in chosen:
-        bad = [sequence.id for sequence, token in zip(sequences, chosen, strict=True) if token == -1]
+    chosen, values = tokens.tolist(), best.tolist()
+    if not all(map(math.isfinite, values)):
+        bad = [sequence.id for sequence, value in zip(sequences, values, strict=True) if not math.isfinite(value)]
         raise EngineError(f"the logits of requests {bad} are NaN or infinite; try another dtype, or check the weights")
     for sequence, token in zip(sequences, chosen, strict=True):
         if sequence.counts is not None and sequence.seen is not None:

@@ -178,6 +178,7 @@ def test_statistics() -> None:
 def mocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders need hold neither weights nor a tokenizer."""
     monkeypatch.setattr(llm_module, "load", lambda path, device, dtype: MockModel())
+    monkeypatch.setattr(llm_module, "GraphedDecoder", lambda model: model)
     monkeypatch.setattr(llm_module, "Tokenizer", lambda path: LetterTokenizer())
 
 

@@ -37,6 +37,12 @@ def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
 
 
+def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    y = centred / (centred.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+    return y if bias is None else y + bias.double()
+
+
 @every_dtype
 @every_shape
 def test_rms_norm(shape, dtype):
@@ -73,16 +79,35 @@ def test_add_rms_norm(shape, dtype):
 @every_dtype
 @pytest.mark.parametrize("with_bias", [True, False])
 @every_shape
+def test_add_layer_norm(shape, with_bias, dtype):
+    x, residual, weight = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1), random(shape[1], seed=2)
+    bias = random(shape[1], seed=3) if with_bias else None
+    with poisoned():
+        y, total = fused.add_layer_norm(x, residual, weight, bias, EPS)
+    expected, expected_total = fused.add_layer_norm_reference(x, residual, weight, bias, EPS)
+    assert torch.equal(total, expected_total)
+    assert torch.equal(total, x + residual)
+    check(y, expected, layer(total, weight, bias))
+
+
+@every_dtype
+def test_concat(dtype):
+    parts = [random(3, n, dtype=dtype, seed=n) for n in (1, 40, 7)]
+    with poisoned():
+        y = fused.concat(parts)
+    assert torch.equal(y, fused.concat_reference(parts))
+    assert [part.tolist() for part in y.split([1, 40, 7], dim=1)] == [part.tolist() for part in parts]
+
+
+@every_dtype
+@pytest.mark.parametrize("with_bias", [True, False])
+@every_shape
 def test_layer_norm(shape, with_bias, dtype):
     x, weight = random(*shape, dtype=dtype) + 3, random(shape[1], seed=1)
     bias = random(shape[1], seed=2) if with_bias else None
     with poisoned():
         y = fused.layer_norm(x, weight, bias, EPS)
-    wide = x.double()
-    centred = wide - wide.mean(-1, keepdim=True)
-    truth = centred / (centred.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
-    truth = truth + bias.double() if bias is not None else truth
-    check(y, fused.layer_norm_reference(x, weight, bias, EPS), truth)
+    check(y, fused.layer_norm_reference(x, weight, bias, EPS), layer(x, weight, bias))
 
 
 ACTIVATIONS = {
@@ -128,27 +153,32 @@ ROTATIONS = {
 
 
 @every_dtype
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads", "dim", "rotated"), ROTATIONS.values(), ids=ROTATIONS.keys())
-def test_rotary_cache(tokens, heads, kv_heads, dim, rotated, dtype):
+def test_rotary_cache(tokens, heads, kv_heads, dim, rotated, normed, dtype):
     qkv = random(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
     angles = random(tokens, rotated // 2, seed=1)
     cos, sin = angles.cos(), angles.sin()
     pools = [torch.full((4, 3, kv_heads, dim), 7.0, dtype=dtype) for _ in range(4)]
     slots = torch.randperm(12, generator=torch.Generator().manual_seed(2))[:tokens]
+    norms = (random(dim, seed=3), random(dim, seed=4)) if normed else None
     with poisoned():
-        q = fused.rotary_cache(qkv, cos, sin, pools[0], pools[1], slots, heads, kv_heads, dim)
-    expected = fused.rotary_cache_reference(qkv, cos, sin, pools[2], pools[3], slots, heads)
+        q = fused.rotary_cache(qkv, cos, sin, pools[0], pools[1], slots, heads, kv_heads, dim, norms, EPS)
+    given = (*(norms or (None, None)), EPS)
+    expected = fused.rotary_cache_reference(qkv, cos, sin, pools[2], pools[3], slots, heads, *given)
     q_in, k_in, v_in = qkv.view(tokens, heads + 2 * kv_heads, dim).double().split([heads, kv_heads, kv_heads], dim=1)
 
-    def turned(x: torch.Tensor) -> torch.Tensor:
+    def turned(x: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        x = x if norm is None else rms(x, norm)
         y = x.clone()
         for i in range(rotated // 2):
             c, s, j = cos[:, None, i].double(), sin[:, None, i].double(), i + rotated // 2
             y[..., i], y[..., j] = x[..., i] * c - x[..., j] * s, x[..., j] * c + x[..., i] * s
         return y
 
-    check(q, expected, turned(q_in))
-    truth_k = torch.full((12, kv_heads, dim), 7.0, dtype=torch.float64).index_put((slots,), turned(k_in))
+    q_norm, k_norm = norms or (None, None)
+    check(q, expected, turned(q_in, q_norm))
+    truth_k = torch.full((12, kv_heads, dim), 7.0, dtype=torch.float64).index_put((slots,), turned(k_in, k_norm))
     truth_v = torch.full((12, kv_heads, dim), 7.0, dtype=torch.float64).index_put((slots,), v_in)
     check(pools[0].view(12, kv_heads, dim), pools[2].view(12, kv_heads, dim), truth_k)
     check(pools[1].view(12, kv_heads, dim), pools[3].view(12, kv_heads, dim), truth_v)
@@ -172,6 +202,17 @@ def test_wrong_tensors_are_refused_with_the_numbers():
         (lambda: fused.rotary_cache(x, table, table, pool, pool, slots, 1, 1, 4), r"\(2, 12\)"),
         (lambda: fused.rotary_cache(torch.zeros(2, 12), table, table, pool, pool, slots.int(), 1, 1, 4), "int32"),
         (lambda: fused.rotary_cache(torch.zeros(2, 12), table, table, pool.half(), pool, slots, 1, 1, 4), "float16"),
+        (lambda: fused.add_layer_norm(x, x[:1], weight, None, EPS), r"\(1, 8\)"),
+        (lambda: fused.add_layer_norm(x, x, weight, weight[:3], EPS), r"\(3,\)"),
+        (lambda: fused.concat([x, x.half()]), "float16"),
+        (lambda: fused.concat([x[:, :3]]), r"\(8, 1\)"),
+        (lambda: fused.concat([x] * 9), "1 to 8"),
+        (
+            lambda: fused.rotary_cache(
+                torch.zeros(2, 12), table, table, pool, pool, slots, 1, 1, 4, (weight[:4], weight[:3]), EPS
+            ),
+            r"\(3,\)",
+        ),
         (
             lambda: fused.rotary_cache(torch.zeros(2, 12), *[torch.zeros(2, 3)] * 2, pool, pool, slots, 1, 1, 4),
             "6 of 4",
@@ -199,11 +240,13 @@ def test_the_ops_keep_the_rules_of_torch_library():
         (torch.ops.pared.rms_norm.default, (x, weight, EPS)),
         (torch.ops.pared.add_rms_norm.default, (x, x.clone(), weight, EPS)),
         (torch.ops.pared.layer_norm.default, (x, weight, None, EPS)),
+        (torch.ops.pared.add_layer_norm.default, (x, x.clone(), weight, weight.clone(), EPS)),
+        (torch.ops.pared.concat.default, ([x, x.clone()],)),
         (torch.ops.pared.gated_act.default, (x, "silu")),
         (torch.ops.pared.act.default, (x, "relu")),
         (
             torch.ops.pared.rotary_cache.default,
-            (x, table, table.clone(), pool, pool.clone(), torch.tensor([5, 1]), 1),
+            (x, table, table.clone(), pool, pool.clone(), torch.tensor([5, 1]), 1, None, None, EPS),
         ),
     ]
     for op, arguments in cases:

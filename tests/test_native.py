@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from pared.kernels.native import build, library
+from pared.kernels.native.tape import Tape
 from pared.tests.truth import assert_as_good
 
 NATIVE = library.load()
@@ -239,6 +240,75 @@ def test_norms(level: str, dtype: torch.dtype, m: int, d: int) -> None:
     assert torch.equal(total, x + residual)
     truth = F.rms_norm(total.double(), (d,), weight.double(), eps)
     assert_as_good(out, F.rms_norm(total.float(), (d,), weight, eps).to(dtype), truth)
+    for shift in (bias, None):
+        total = poisoned(m, d, dtype=dtype)
+        native.add_layer_norm(x.contiguous(), residual, weight, shift, eps, out, total)
+        assert torch.equal(total, x + residual)
+        truth = F.layer_norm(total.double(), (d,), weight.double(), None if shift is None else shift.double(), eps)
+        assert_as_good(out, F.layer_norm(total.float(), (d,), weight, shift, eps).to(dtype), truth)
+
+
+@dtype
+def test_concat(dtype: torch.dtype) -> None:
+    for m, widths in ((1, (5,)), (3, (1, 7, 64)), (40, (300,) * library.MOST_PARTS), (0, (2, 3))):
+        parts = [random(m, n, dtype=dtype, seed=i) for i, n in enumerate(widths)]
+        out = poisoned(m, sum(widths), dtype=dtype)
+        NATIVE.concat(parts, out)
+        assert torch.equal(out, torch.cat(parts, dim=1))
+
+
+@level
+@dtype
+def test_a_tape_plays_what_was_recorded_on_what_its_tensors_hold_by_then(level: str, dtype: torch.dtype) -> None:
+    native = NATIVE.at(level)
+    parts = [Part(40, 20, 90, True, dtype, 1), Part(30, 9, 90, False, dtype, 2)]
+    words = [w for part in parts for w in library.basis_words(part.order, part.basis, part.coefficients, part.bias)]
+    w, gate, norm = (random(*shape, dtype=dtype, seed=3) for shape in ((90, 70), (64, 70), (90,)))
+
+    def chain(native: library.Library, x: torch.Tensor) -> torch.Tensor:
+        m = len(x)
+        y, wide, normed, total = (torch.empty(m, n, dtype=dtype) for n in (90, 64, 90, 90))
+        z, act, both = (torch.empty(m, n, dtype=dtype) for n in (70, 32, 102))
+        native.linear(x, w, None, y)
+        native.linear(x, gate, None, wide)
+        native.gated_act(wide, "silu", act)
+        native.add_rms_norm(y, y, norm.float(), 1e-5, normed, total)
+        native.basis_linear(normed, words, z)
+        native.concat([z, act], both)
+        return both
+
+    for m in (1, 2, 5, 33):
+        first, second = random(m, 70, dtype=dtype, seed=4), random(m, 70, dtype=dtype, seed=5)
+        x, tape = first.clone(), Tape(native)
+        with tape.record():
+            recording = library.load()
+            assert recording.level == level
+            out = chain(recording, x)
+        assert library.load() is NATIVE
+        assert torch.equal(out, chain(native, first))
+        x.copy_(second)
+        for threads in (1, 2, 3):
+            out.fill_(math.nan)
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            tape.play()
+            torch.set_num_threads(before)
+            assert torch.equal(out, chain(native, second)), (m, threads)
+
+
+def test_a_tape_of_nothing_can_be_played() -> None:
+    tape = Tape(NATIVE)
+    with tape.record():
+        pass
+    tape.play()
+
+
+def test_what_failed_while_recording_leaves_no_recording_behind() -> None:
+    tape = Tape(NATIVE)
+    with pytest.raises(ZeroDivisionError), tape.record():
+        raise ZeroDivisionError
+    assert library.load() is NATIVE
+    test_a_tape_of_nothing_can_be_played()
 
 
 ACTIVATIONS = {
@@ -278,24 +348,28 @@ def test_activations_far_out(level: str) -> None:
 
 @level
 @dtype
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("head_dim, rotated", [(64, 64), (64, 16), (80, 80), (24, 6), (8, 0)])
-def test_rotary_cache(level: str, dtype: torch.dtype, head_dim: int, rotated: int) -> None:
+def test_rotary_cache(level: str, dtype: torch.dtype, head_dim: int, rotated: int, normed: bool) -> None:
     tokens, heads, kv_heads, page = 5, 4, 2, 4
     qkv = random(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     angle = random(tokens, rotated // 2, dtype=torch.float32, seed=1)
     slots = torch.tensor([9, 4, 5, 23, 0])
     k_pool, v_pool = (poisoned(6, page, kv_heads, head_dim, dtype=dtype) for _ in range(2))
     q = poisoned(tokens, heads, head_dim, dtype=dtype)
-    NATIVE.at(level).rotary_cache(qkv, angle.cos(), angle.sin(), k_pool, v_pool, slots, heads, q)
+    norms = tuple(random(head_dim, dtype=torch.float32, seed=s) for s in (2, 3)) if normed else None
+    NATIVE.at(level).rotary_cache(qkv, angle.cos(), angle.sin(), k_pool, v_pool, slots, heads, norms, 1e-5, q)
 
-    def turned(x: torch.Tensor) -> torch.Tensor:
+    def turned(x: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        x = x if norm is None else F.rms_norm(x, (head_dim,), norm.to(x.dtype), 1e-5)
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]
         a, b = x[..., : rotated // 2], x[..., rotated // 2 : rotated]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., rotated:]], dim=-1)
 
     parts = qkv.view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
-    for ours, part in ((q, parts[0]), (k_pool.flatten(0, 1)[slots], parts[1])):
-        assert_as_good(ours, turned(part.float()).to(dtype), turned(part.double()))
+    written = (q, k_pool.flatten(0, 1)[slots])
+    for ours, part, norm in zip(written, parts, norms or (None, None), strict=False):
+        assert_as_good(ours, turned(part.float(), norm).to(dtype), turned(part.double(), norm))
     assert torch.equal(v_pool.flatten(0, 1)[slots], parts[2])
     assert k_pool.isnan().sum() == v_pool.isnan().sum() == (24 - tokens) * kv_heads * head_dim
 

@@ -4,8 +4,6 @@
 
 #include "every_level.h"
 
-#include <vector>
-
 namespace {
 
 // The pieces of one row of queries, when a long context was cut: they lie one after another.
@@ -22,8 +20,9 @@ struct Plan {
 i64 oldest_key(const Attention& a, i64 position) { return a.window > 0 ? most(0, position - a.window + 1) : 0; }
 
 // The cut of a sequence depends on that sequence alone, so that its result does not depend on its company.
-Plan plan(const Attention& a) {
-    Plan made;
+void plan(const Attention& a, Plan& made) {
+    made.pieces.clear();
+    made.cuts.clear();
     const i64 group = a.heads / a.kv_heads, block = most(1, QUERY_ROWS / group), row = a.head_dim + 2;
     i64 floats = 0;
     for (i64 s = 0; s < a.sequences; s++) {
@@ -49,16 +48,15 @@ Plan plan(const Attention& a) {
             made.pieces[i].partial = partial;
             partial += made.pieces[i].count * group * row;
         }
-    return made;
 }
 
-Scratch scratch(const Attention& a) {
+Buffers buffers(const Attention& a) {
     const i64 width = ceil_div(a.head_dim, 16) * 16, rows = most(QUERY_ROWS, a.heads / a.kv_heads);
     thread_local std::vector<float> memory;
     memory.resize(rows * (2 * width + TILE + 2) + 2 * width * TILE);
     float* p = memory.data();
     const auto take = [&](i64 count) { return (p += count) - count; };
-    Scratch s{};
+    Buffers s{};
     s.width = width;
     s.keys = take(width * TILE), s.values = take(width * TILE), s.q = take(rows * width), s.sums = take(rows * width);
     s.scores = take(rows * TILE), s.maximum = take(rows), s.normaliser = take(rows);
@@ -86,20 +84,27 @@ void merge(const Attention& a, const Piece* pieces, std::size_t count) {
 }
 
 template <class T>
-void run(int level, int threads, const Attention& a) {
-    const Plan made = plan(a);
-    const auto attend = WIDEST(level, attend<T>);
-    const i64 pieces = i64(made.pieces.size()), cuts = i64(made.cuts.size());
-    threads = int(most(1, least(threads, pieces)));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const Scratch mine = scratch(a);
-#pragma omp for schedule(dynamic, 1)
-        for (i64 i = 0; i < pieces; i++) attend(a, made.pieces[i], mine);
-#pragma omp for schedule(dynamic, 1) nowait
-        for (i64 i = 0; i < cuts; i++) merge<T>(a, &made.pieces[made.cuts[i].first], made.cuts[i].count);
+struct AttentionCall final : Call {
+    Attention a;
+    void (*attend)(const Attention&, const Piece&, const Buffers&);
+    Plan made;
+    enum { ATTEND, MERGE };
+
+    AttentionCall(int level, const Attention& a) : a(a), attend(WIDEST(level, attend<T>)) {}
+
+    int useful_threads(int threads) const override { return threads; }
+
+    Span enqueue(Queue& queue, Span after) override {
+        plan(a, made);  // contexts grow between two plays of a tape
+        after = queue.add(*this, ATTEND, i64(made.pieces.size()), 1, after);
+        return queue.add(*this, MERGE, i64(made.cuts.size()), 1, after);
     }
-}
+
+    void run(int step, i64 begin, i64) const override {
+        if (step == ATTEND) return attend(a, made.pieces[begin], buffers(a));
+        merge<T>(a, &made.pieces[made.cuts[begin].first], made.cuts[begin].count);
+    }
+};
 
 }  // namespace
 
@@ -110,7 +115,7 @@ extern "C" void pared_paged_attention(int level, int dtype, int threads, const v
                                       i64 window, float scale) {
     const Attention a{q,    k_pool, v_pool,   query_starts, context_lens, block_tables, out, sequences, table_width,
                       page, heads,  kv_heads, head_dim,     window,       scale};
-    if (dtype == BF16) run<bf16>(level, threads, a);
-    else if (dtype == FP16) run<fp16>(level, threads, a);
-    else run<float>(level, threads, a);
+    if (dtype == BF16) submit(AttentionCall<bf16>(level, a), threads);
+    else if (dtype == FP16) submit(AttentionCall<fp16>(level, a), threads);
+    else submit(AttentionCall<float>(level, a), threads);
 }

@@ -1,6 +1,6 @@
 // Causal attention over a paged cache: its arguments, and one piece of its work.
 #pragma once
-#include "common.h"
+#include "queue.h"
 
 struct Attention {
     const void *q, *k_pool, *v_pool;
@@ -21,7 +21,7 @@ struct Piece {
 };
 
 // Buffers of one thread; a row is `width` floats, head_dim rounded up to whole vectors.
-struct Scratch {
+struct Buffers {
     float *q, *sums, *scores, *keys, *values, *maximum, *normaliser;
     i64 width;
 };

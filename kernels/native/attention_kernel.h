@@ -54,7 +54,7 @@ static inline V lanes_of(const T* pool, i64 at, i64 d, i64 head_dim) {
 
 // Keys [width, TILE] transposed and values [TILE, width] of the tile, zeros where there are none.
 template <class T>
-static void gather(const Attention& a, const Piece& p, const Scratch& s, i64 tile) {
+static void gather(const Attention& a, const Piece& p, const Buffers& s, i64 tile) {
     const T *k_pool = static_cast<const T*>(a.k_pool), *v_pool = static_cast<const T*>(a.v_pool);
     i64 found[TILE];
     find(a, p, tile, found);
@@ -70,7 +70,7 @@ static void gather(const Attention& a, const Piece& p, const Scratch& s, i64 til
 }
 
 // Scores of one row become weights; its maximum, normaliser and sums move to the new scale. Visible: first <= j < last.
-static inline void soften(const Scratch& s, i64 row, i64 first, i64 last) {
+static inline void soften(const Buffers& s, i64 row, i64 first, i64 last) {
     float* scores = s.scores + row * TILE;
     for (i64 j = 0; j < TILE; j++)
         if (j < first || j >= last) scores[j] = -INFINITY;
@@ -95,7 +95,7 @@ static inline void soften(const Scratch& s, i64 row, i64 first, i64 last) {
 }
 
 template <class T>
-static void finish(const Attention& a, const Piece& p, const Scratch& s, i64 row) {
+static void finish(const Attention& a, const Piece& p, const Buffers& s, i64 row) {
     const i64 group = a.heads / a.kv_heads;
     const float* sums = s.sums + row * s.width;
     if (p.partial) {
@@ -111,7 +111,7 @@ static void finish(const Attention& a, const Piece& p, const Scratch& s, i64 row
 }
 
 template <class T>
-static void attend(const Attention& a, const Piece& p, const Scratch& s) {
+static void attend(const Attention& a, const Piece& p, const Buffers& s) {
     const i64 group = a.heads / a.kv_heads, rows = p.count * group;
     const i64 queries = a.query_starts[p.sequence + 1] - a.query_starts[p.sequence];
     const i64 position = a.context_lens[p.sequence] - queries + p.query;  // of the first query

@@ -1,11 +1,10 @@
-// The arguments of the fused row operations, and when their rows are worth a second thread.
+// The arguments of the fused row operations. Each of them does rows begin .. end.
 #pragma once
-#include "common.h"
+#include "queue.h"
 
 enum Kind { SILU, GELU, GELU_TANH, RELU };
 
 struct Norm {
-    int threads;
     const void *x, *residual;
     const float *weight, *bias;
     void *y, *sum;
@@ -14,7 +13,7 @@ struct Norm {
 };
 
 struct Activation {
-    int threads, kind;
+    int kind;
     bool gated;
     const void* x;
     void* y;
@@ -22,16 +21,19 @@ struct Activation {
 };
 
 struct Rotary {
-    int threads;
     const void* qkv;
-    const float *cos, *sin;
+    const float *cos, *sin, *q_weight, *k_weight;  // weights [head_dim] of an RMSNorm of every head, or null
     void *k_pool, *v_pool;
     const i64* slots;
     void* q;
     i64 tokens, heads, kv_heads, head_dim, rotated;
+    float eps;
 };
 
-constexpr i64 ELEMENTS_PER_THREAD = 32 << 10;
-static inline int row_threads(i64 elements, int threads) {
-    return int(most(1, least(threads, elements / ELEMENTS_PER_THREAD)));
-}
+constexpr i64 MOST_PARTS = 8;
+struct Concat {
+    const void* parts[MOST_PARTS];  // [m, widths[i]]
+    i64 widths[MOST_PARTS], count;  // widths and y's row in bytes
+    void* y;
+    i64 row;
+};

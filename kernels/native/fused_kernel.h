@@ -12,19 +12,22 @@ static inline V some(const T* p, i64 n) { return n == W ? load(p) : load(p, n); 
 template <class T>
 static inline void some(T* p, V x, i64 n) { n == W ? store(p, x) : store(p, x, n); }
 
+// Row m of what is normalised: x, or the stored sum of x and the residual.
 template <class T>
-static void rms_norm(const Norm& a) {
-    const T* all = static_cast<const T*>(a.x);
-#pragma omp parallel for num_threads(row_threads(a.m * a.d, a.threads)) if (row_threads(a.m * a.d, a.threads) > 1)
-    for (i64 m = 0; m < a.m; m++) {
-        const T* x = all + m * a.stride;
+static inline const T* summed(const Norm& a, i64 m) {
+    const T* x = static_cast<const T*>(a.x) + m * a.stride;
+    if (!a.residual) return x;
+    const T* residual = static_cast<const T*>(a.residual) + m * a.d;
+    T* total = static_cast<T*>(a.sum) + m * a.d;
+    for_lanes(a.d, [&](i64 i, i64 n) { some(total + i, some(x + i, n) + some(residual + i, n), n); });
+    return total;
+}
+
+template <class T>
+static void rms_norm(const Norm& a, i64 begin, i64 end) {
+    for (i64 m = begin; m < end; m++) {
+        const T* x = summed<T>(a, m);
         T* y = static_cast<T*>(a.y) + m * a.d;
-        T* total = a.residual ? static_cast<T*>(a.sum) + m * a.d : nullptr;
-        if (total) {
-            const T* residual = static_cast<const T*>(a.residual) + m * a.d;
-            for_lanes(a.d, [&](i64 i, i64 n) { some(total + i, some(x + i, n) + some(residual + i, n), n); });
-            x = total;
-        }
         V squares = splat(0.0f);
         for_lanes(a.d, [&](i64 i, i64 n) { const V v = some(x + i, n); squares = fma(v, v, squares); });
         const V scale = splat(1.0f / std::sqrt(sum(squares) / float(a.d) + a.eps));
@@ -33,10 +36,9 @@ static void rms_norm(const Norm& a) {
 }
 
 template <class T>
-static void layer_norm(const Norm& a) {
-#pragma omp parallel for num_threads(row_threads(a.m * a.d, a.threads)) if (row_threads(a.m * a.d, a.threads) > 1)
-    for (i64 m = 0; m < a.m; m++) {
-        const T* x = static_cast<const T*>(a.x) + m * a.d;
+static void layer_norm(const Norm& a, i64 begin, i64 end) {
+    for (i64 m = begin; m < end; m++) {
+        const T* x = summed<T>(a, m);
         T* y = static_cast<T*>(a.y) + m * a.d;
         V total = splat(0.0f), squares = splat(0.0f);
         for_lanes(a.d, [&](i64 i, i64 n) { total = total + some(x + i, n); });
@@ -77,10 +79,9 @@ static inline V activate(int kind, V x) {
 }
 
 template <class T>
-static void act(const Activation& a) {
+static void act(const Activation& a, i64 begin, i64 end) {
     const i64 gap = a.gated ? a.f : 0;  // from a gate to its up
-#pragma omp parallel for num_threads(row_threads(a.m * a.f, a.threads)) if (row_threads(a.m * a.f, a.threads) > 1)
-    for (i64 m = 0; m < a.m; m++) {
+    for (i64 m = begin; m < end; m++) {
         const T* x = static_cast<const T*>(a.x) + m * (a.f + gap);
         T* y = static_cast<T*>(a.y) + m * a.f;
         for_lanes(a.f, [&](i64 i, i64 n) {
@@ -90,31 +91,44 @@ static void act(const Activation& a) {
     }
 }
 
+// What the elements of a head are multiplied by before it turns: its RMSNorm, or 1.
+template <class T>
+struct HeadNorm {
+    V scale = splat(1.0f);
+    const float* weight;
+
+    HeadNorm(const T* x, const float* weight, i64 head_dim, float eps) : weight(weight) {
+        if (!weight) return;
+        V squares = splat(0.0f);
+        for_lanes(head_dim, [&](i64 i, i64 n) { const V v = some(x + i, n); squares = fma(v, v, squares); });
+        scale = splat(1.0f / std::sqrt(sum(squares) / float(head_dim) + eps));
+    }
+    V take(const T* x, i64 i, i64 n) const { return weight ? some(x + i, n) * scale * some(weight + i, n) : some(x + i, n); }
+};
+
 // One head: its first `rotated` elements turn in pairs (i, i + rotated / 2), the others pass.
 template <class T>
-static inline void rotate(const T* x, T* y, const float* cos, const float* sin, i64 rotated, i64 head_dim) {
-    const i64 half = rotated / 2;
+static inline void rotate(const Rotary& a, i64 token, const T* x, const float* weight, T* y) {
+    const i64 half = a.rotated / 2;
+    const float *cos = a.cos + token * half, *sin = a.sin + token * half;
+    const HeadNorm<T> norm(x, weight, a.head_dim, a.eps);
     for_lanes(half, [&](i64 i, i64 n) {
-        const V a = some(x + i, n), b = some(x + half + i, n), c = some(cos + i, n), s = some(sin + i, n);
-        some(y + i, a * c - b * s, n);
-        some(y + half + i, fma(b, c, a * s), n);
+        const V left = norm.take(x, i, n), right = norm.take(x, half + i, n), c = some(cos + i, n), s = some(sin + i, n);
+        some(y + i, left * c - right * s, n);
+        some(y + half + i, fma(right, c, left * s), n);
     });
-    std::memcpy(y + rotated, x + rotated, (head_dim - rotated) * sizeof(T));
+    for_lanes(a.head_dim - a.rotated, [&](i64 i, i64 n) { some(y + a.rotated + i, norm.take(x, a.rotated + i, n), n); });
 }
 
 template <class T>
-static void rotary_cache(const Rotary& a) {
-    const i64 q_width = a.heads * a.head_dim, kv_width = a.kv_heads * a.head_dim, half = a.rotated / 2;
-    const int threads = row_threads(a.tokens * (q_width + 2 * kv_width), a.threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (i64 t = 0; t < a.tokens; t++) {
+static void rotary_cache(const Rotary& a, i64 begin, i64 end) {
+    const i64 q_width = a.heads * a.head_dim, kv_width = a.kv_heads * a.head_dim;
+    for (i64 t = begin; t < end; t++) {
         const T* qkv = static_cast<const T*>(a.qkv) + t * (q_width + 2 * kv_width);
         T* q = static_cast<T*>(a.q) + t * q_width;
         T* k = static_cast<T*>(a.k_pool) + a.slots[t] * kv_width;
-        const float *cos = a.cos + t * half, *sin = a.sin + t * half;
-        for (i64 at = 0; at < q_width; at += a.head_dim) rotate(qkv + at, q + at, cos, sin, a.rotated, a.head_dim);
-        for (i64 at = 0; at < kv_width; at += a.head_dim)
-            rotate(qkv + q_width + at, k + at, cos, sin, a.rotated, a.head_dim);
+        for (i64 at = 0; at < q_width; at += a.head_dim) rotate(a, t, qkv + at, a.q_weight, q + at);
+        for (i64 at = 0; at < kv_width; at += a.head_dim) rotate(a, t, qkv + q_width + at, a.k_weight, k + at);
         std::memcpy(static_cast<T*>(a.v_pool) + a.slots[t] * kv_width, qkv + q_width + kv_width, kv_width * sizeof(T));
     }
 }

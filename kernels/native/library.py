@@ -7,13 +7,15 @@ and rotary tables are fp32, and results are written into tensors that the caller
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import copy
 import ctypes
 import functools
 import os
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from . import build
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 BASIS_WORDS = 7  # a part of basis_linear, as basis.cpp reads it
+MOST_PARTS = 8  # of one concat
 KINDS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 BESIDE_THE_SOURCES = build.SOURCES  # where setup.py leaves the library
@@ -38,11 +41,18 @@ _SIGNATURES = {
     "pared_rms_norm": (*_RUN, *[_PTR] * 3, *[_I64] * 3, _F32),
     "pared_add_rms_norm": (*_RUN, *[_PTR] * 5, *[_I64] * 2, _F32),
     "pared_layer_norm": (*_RUN, *[_PTR] * 4, *[_I64] * 2, _F32),
+    "pared_add_layer_norm": (*_RUN, *[_PTR] * 6, *[_I64] * 2, _F32),
     "pared_gated_act": (*_RUN, _INT, *[_PTR] * 2, *[_I64] * 2),
     "pared_act": (*_RUN, _INT, *[_PTR] * 2, *[_I64] * 2),
-    "pared_rotary_cache": (*_RUN, *[_PTR] * 7, *[_I64] * 5),
+    "pared_rotary_cache": (*_RUN, *[_PTR] * 9, *[_I64] * 5, _F32),
+    "pared_concat": (_INT, *[_PTR] * 2, _I64, _PTR, _I64),
     "pared_paged_attention": (*_RUN, *[_PTR] * 7, *[_I64] * 7, _F32),
+    "pared_tape_start": (),
+    "pared_tape_stop": (),
+    "pared_tape_play": (_PTR, _INT),
+    "pared_tape_free": (_PTR,),
 }
+_RESULTS = {"pared_best_level": _INT, "pared_tape_start": _PTR}
 
 # Rows up to which the native linear beat F.linear in bench/cpu_linear.py, where oneDNN was held to the same
 # instruction set. fp16 on an AMX machine has oneDNN's fp16 arithmetic against it; the scalar level never won.
@@ -61,6 +71,9 @@ _SHALLOW_INPUTS, _SHALLOW_ROWS = 2048, 32
 _BASIS_ROWS = _LINEAR_ROWS | {"amx": _LINEAR_ROWS["amx"] | {torch.bfloat16: 128}}
 
 
+_recording: contextvars.ContextVar[Library | None] = contextvars.ContextVar("pared_recording", default=None)
+
+
 class Library:
     """The native kernels of one shared library, at one instruction-set level."""
 
@@ -69,8 +82,8 @@ class Library:
         calls = ctypes.CDLL(str(path))
         for name, arguments in _SIGNATURES.items():
             function = getattr(calls, name)
-            function.argtypes, function.restype = list(arguments), _INT if not arguments else None
-        self._calls, self.path = calls, path
+            function.argtypes, function.restype = list(arguments), _RESULTS.get(name)
+        self.calls, self.path = calls, path
         self._level = self._best = calls.pared_best_level()
 
     @property
@@ -105,7 +118,7 @@ class Library:
         A row's result does not depend on the other rows nor on M, but for bf16 on AMX between M = 1 and M > 1.
         """
         m, k = x.shape
-        self._calls.pared_linear(
+        self.calls.pared_linear(
             self._level,
             DTYPES[w.dtype],
             torch.get_num_threads(),
@@ -128,7 +141,7 @@ class Library:
         """
         count = len(words) // BASIS_WORDS
         packed = _basis_words(count).pack(*words)
-        self._calls.pared_basis_linear(
+        self.calls.pared_basis_linear(
             self._level,
             DTYPES[x.dtype],
             torch.get_num_threads(),
@@ -141,18 +154,18 @@ class Library:
 
     def in_order(self, x: torch.Tensor, order: torch.Tensor, out: torch.Tensor) -> None:
         """out [M, K] = x [M, K][:, order], order int32 [K]: a quarter of the time of torch's index_select."""
-        self._calls.pared_in_order(*self._run(x), x.data_ptr(), order.data_ptr(), out.data_ptr(), *x.shape)
+        self.calls.pared_in_order(*self._run(x), x.data_ptr(), order.data_ptr(), out.data_ptr(), *x.shape)
 
     def read(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Read every byte of x as fast as the machine allows: the bench's ceiling. out: int64 [1], a checksum."""
-        self._calls.pared_read(
+        self.calls.pared_read(
             self._level, torch.get_num_threads(), x.data_ptr(), x.numel() * x.element_size(), out.data_ptr()
         )
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
         """out [M, D] = x [M, D] / rms(x) * weight [D]; x's rows may lie apart (stride(0) >= D)."""
         m, d = x.shape
-        self._calls.pared_rms_norm(
+        self.calls.pared_rms_norm(
             *self._run(x), x.data_ptr(), weight.data_ptr(), out.data_ptr(), m, d, x.stride(0), eps
         )
 
@@ -167,25 +180,42 @@ class Library:
     ) -> None:
         """new_residual [M, D] = x + residual, rounded to their dtype; out = rms_norm(new_residual)."""
         pointers = (t.data_ptr() for t in (x, residual, weight, out, new_residual))
-        self._calls.pared_add_rms_norm(*self._run(x), *pointers, *x.shape, eps)
+        self.calls.pared_add_rms_norm(*self._run(x), *pointers, *x.shape, eps)
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor
     ) -> None:
         """out [M, D] = (x - mean) / std * weight [D] + bias [D]."""
         shift = None if bias is None else bias.data_ptr()
-        self._calls.pared_layer_norm(
+        self.calls.pared_layer_norm(
             *self._run(x), x.data_ptr(), weight.data_ptr(), shift, out.data_ptr(), *x.shape, eps
+        )
+
+    def add_layer_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        out: torch.Tensor,
+        new_residual: torch.Tensor,
+    ) -> None:
+        """new_residual [M, D] = x + residual, rounded to their dtype; out = layer_norm(new_residual)."""
+        shift = None if bias is None else bias.data_ptr()
+        results = out.data_ptr(), new_residual.data_ptr()
+        self.calls.pared_add_layer_norm(
+            *self._run(x), x.data_ptr(), residual.data_ptr(), weight.data_ptr(), shift, *results, *x.shape, eps
         )
 
     def gated_act(self, gate_up: torch.Tensor, kind: str, out: torch.Tensor) -> None:
         """out [M, F] = act(gate) * up for gate_up [M, 2F] = gate | up."""
-        self._calls.pared_gated_act(*self._run(out), KINDS[kind], gate_up.data_ptr(), out.data_ptr(), *out.shape)
+        self.calls.pared_gated_act(*self._run(out), KINDS[kind], gate_up.data_ptr(), out.data_ptr(), *out.shape)
 
     def act(self, x: torch.Tensor, kind: str, out: torch.Tensor) -> None:
         """out = act(x), any shape."""
         width = x.shape[-1]
-        self._calls.pared_act(
+        self.calls.pared_act(
             *self._run(x), KINDS[kind], x.data_ptr(), out.data_ptr(), x.numel() // max(1, width), width
         )
 
@@ -198,17 +228,28 @@ class Library:
         v_pool: torch.Tensor,
         slots: torch.Tensor,
         heads: int,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
         q: torch.Tensor,
     ) -> None:
         """q [T, H, D] and k_pool[slots] = rotated parts of qkv [T, (H + 2 KV) D], v_pool[slots] = its last part.
 
         cos, sin: fp32 [T, R / 2], R <= D the rotated part (0: none); pools [blocks, page, KV, D]; slots int64 [T].
+        norms: RMSNorm weights [D] of the heads of q and of k, applied before they turn.
         """
         kv_heads, head_dim = k_pool.shape[2:]
-        pointers = (t.data_ptr() for t in (qkv, cos, sin, k_pool, v_pool, slots, q))
-        self._calls.pared_rotary_cache(
-            *self._run(qkv), *pointers, qkv.shape[0], heads, kv_heads, head_dim, 2 * cos.shape[1]
-        )
+        weights = (None, None) if norms is None else (norm.data_ptr() for norm in norms)
+        tables = qkv.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        pools = k_pool.data_ptr(), v_pool.data_ptr(), slots.data_ptr(), q.data_ptr()
+        sizes = qkv.shape[0], heads, kv_heads, head_dim, 2 * cos.shape[1]
+        self.calls.pared_rotary_cache(*self._run(qkv), *tables, *weights, *pools, *sizes, eps)
+
+    def concat(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """out [M, sum N] = parts [M, N], MOST_PARTS at most, side by side."""
+        count = len(parts)
+        pointers = (_PTR * count)(*(part.data_ptr() for part in parts))
+        widths = (_I64 * count)(*(part.shape[1] * part.element_size() for part in parts))
+        self.calls.pared_concat(torch.get_num_threads(), pointers, widths, count, out.data_ptr(), out.shape[0])
 
     def paged_attention(
         self,
@@ -230,7 +271,7 @@ class Library:
         pointers = (t.data_ptr() for t in (q, k_pool, v_pool, query_starts, context_lens, block_tables, out))
         _, page, kv_heads, head_dim = k_pool.shape
         sequences, width = block_tables.shape
-        self._calls.pared_paged_attention(
+        self.calls.pared_paged_attention(
             *self._run(q), *pointers, sequences, width, page, q.shape[1], kv_heads, head_dim, window, scale
         )
 
@@ -253,7 +294,17 @@ def _basis_words(count: int) -> struct.Struct:
 
 def load() -> Library | None:
     """The native kernels of this machine, built at the first call when need be; None says `why_not`."""
-    return _outcome()[0]
+    return _recording.get() or _outcome()[0]
+
+
+@contextlib.contextmanager
+def recording(instead: Library) -> Iterator[None]:
+    """Within this block `load` gives `instead` (tape.py)."""
+    token = _recording.set(instead)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
 
 
 def why_not() -> str:

@@ -4,8 +4,6 @@
 
 #include "every_level.h"
 
-#include <vector>
-
 #if PARED_X86
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
@@ -29,8 +27,17 @@ i64 packed_words(i64 m, i64 k) { return amx::packed_words(m, k); }
 void pack(const void* x, i64 x_stride, const int* order, i64 m, i64 k, u32* packed, i64 begin, i64 end) {
     amx::pack(static_cast<const bf16*>(x), x_stride, order, m, k, packed, begin, end);
 }
-Tiles::Tiles(i64 m) : m(m) { if (m) amx::configure(least(m, amx::TILE_M)); }
-Tiles::~Tiles() { if (m) amx::release(); }
+static thread_local i64 held = 0;  // columns of the configured tiles
+void hold_tiles(i64 m) {
+    const i64 columns = least(m, amx::TILE_M);
+    if (columns == held) return;
+    amx::configure(columns);
+    held = columns;
+}
+void release_tiles() {
+    if (held) amx::release();
+    held = 0;
+}
 
 static Rows rows_of_bf16(int level, const Linear& a) {
     if (a.packed) return amx::rows_of;
@@ -40,8 +47,8 @@ static Rows rows_of_bf16(int level, const Linear& a) {
 bool on_tiles(int, int, i64, i64) { return false; }
 i64 packed_words(i64, i64) { return 0; }
 void pack(const void*, i64, const int*, i64, i64, u32*, i64, i64) {}
-Tiles::Tiles(i64 m) : m(m) {}
-Tiles::~Tiles() {}
+void hold_tiles(i64) {}
+void release_tiles() {}
 static Rows rows_of_bf16(int, const Linear&) { return scalar::rows_of<bf16>; }
 #endif
 
@@ -50,25 +57,42 @@ Rows rows_of(int level, int dtype, const Linear& a) {
     return dtype == FP16 ? WIDEST(level, rows_of<fp16>) : WIDEST(level, rows_of<float>);
 }
 
+namespace {
+
+struct LinearCall final : Call {
+    Linear a;
+    Rows rows;
+    i64 row_bytes;
+    int level, dtype;
+    bool tiles;
+    enum { PACK, MULTIPLY };
+
+    LinearCall(int level, int dtype, const Linear& a)
+        : a(a), row_bytes(a.k * element_bytes(dtype)), level(level), dtype(dtype), tiles(on_tiles(level, dtype, a.m, a.n)) {}
+
+    int useful_threads(int threads) const override { return ::useful_threads(a.n * row_bytes, threads); }
+
+    void lay_out(Scratch& scratch) override {
+        a.packed = scratch.take<u32>(tiles ? packed_words(a.m, a.k) * 4 : 0);
+        rows = rows_of(level, dtype, a);
+    }
+
+    Span enqueue(Queue& queue, Span after) override {
+        after = queue.add(*this, PACK, tiles ? a.m : 0, ROWS, after);
+        return queue.add(*this, MULTIPLY, a.n, rows_per_chunk(row_bytes, a.n, queue.threads), after);
+    }
+
+    void run(int step, i64 begin, i64 end) const override {
+        if (step == PACK) return pack(a.x, a.k, nullptr, a.m, a.k, const_cast<u32*>(a.packed), begin, end);
+        if (tiles) hold_tiles(a.m);
+        rows(a, begin, end);
+    }
+};
+
+}  // namespace
+
 extern "C" void pared_linear(int level, int dtype, int threads, const void* x, const void* w, const void* bias, void* y,
                              int bias_is_fp32, int y_is_fp32, i64 m, i64 n, i64 k) {
     if (!m || !n) return;
-    Linear a{x, w, bias, y, bias_is_fp32 != 0, y_is_fp32 != 0, m, n, k, k, 0, n, nullptr};
-    const i64 row_bytes = k * element_bytes(dtype);
-    const bool tiles = on_tiles(level, dtype, m, n);
-    thread_local std::vector<u32> packed;
-    if (tiles) {
-        packed.resize(most(packed.size(), packed_words(m, k)));  // never less: what grows again is zeroed again
-        pack(x, k, nullptr, m, k, packed.data(), 0, m);
-        a.packed = packed.data();
-    }
-    const Rows rows = rows_of(level, dtype, a);
-    threads = useful_threads(n * row_bytes, threads);
-    const i64 chunk = rows_per_chunk(row_bytes, n, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const Tiles mine(tiles ? m : 0);
-#pragma omp for schedule(dynamic, 1) nowait
-        for (i64 begin = 0; begin < n; begin += chunk) rows(a, begin, least(n, begin + chunk));
-    }
+    submit(LinearCall(level, dtype, {x, w, bias, y, bias_is_fp32 != 0, y_is_fp32 != 0, m, n, k, k, 0, n, nullptr}), threads);
 }

@@ -1,6 +1,6 @@
 // y = x W^T + bias: what every level takes, how rows of W are shared out to threads, and how a sum is stored.
 #pragma once
-#include "common.h"
+#include "queue.h"
 
 struct Linear {
     const void *x, *w;  // x [m, k], w [n, k]
@@ -23,12 +23,9 @@ bool on_tiles(int level, int dtype, i64 m, i64 n);
 i64 packed_words(i64 m, i64 k);
 void pack(const void* x, i64 x_stride, const int* order, i64 m, i64 k, u32* packed, i64 begin, i64 end);
 
-// A thread's tile registers, configured for m rows of x while this lives; m = 0: not in use.
-struct Tiles {
-    const i64 m;
-    explicit Tiles(i64 m);
-    ~Tiles();
-};
+// The tile registers of the calling thread, configured for m rows of x until they are released.
+void hold_tiles(i64 m);
+void release_tiles();
 
 constexpr i64 ROWS = 16;                     // a chunk of W is a multiple of this many rows
 constexpr i64 CHUNK_BYTES = 1 << 20;         // of W: long streams, yet a thread that lost its CPU holds up little

@@ -1,0 +1,110 @@
+"""Decode steps that were recorded once and are played again: no Python between two kernels.
+
+    1st step of a size   runs as always, on static inputs, while a tape records its native calls
+    2nd step             runs as always; the tape plays the same step beside it and has to give the same bits
+    from the 3rd on      the step's rows are copied into the static inputs and the tape plays
+
+A size is a number of sequences with one row each. Chunks of prompts, and larger steps, whose time goes into
+arithmetic, take the decoder as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..kernels import dispatch
+from ..kernels.native import library
+from ..kernels.native.tape import Tape
+from ..spec import Spec
+from .batch import Batch
+from .cache import KVCache
+from .model import Decoder, Rows
+
+LARGEST = 16  # sequences of a recorded step
+TABLE_WIDTH = 64  # blocks that a first table has room for; more than that, and the step is recorded anew
+
+
+class GraphedDecoder:
+    """A Decoder that plays its decode steps from tapes. Its logits are overwritten by the next call."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self._steps: dict[int, RecordedStep] = {}
+        self._cache: KVCache | None = None
+
+    @property
+    def spec(self) -> Spec:
+        return self.decoder.spec
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """As Decoder's."""
+        size = len(batch.tokens)
+        if batch.max_query > 1 or size > self.largest or len(batch.logit_rows) < size:
+            return self.decoder(batch, cache)
+        if cache is not self._cache:  # the tapes hold its addresses
+            self._steps, self._cache = {}, cache
+        step = self._steps.get(size)
+        if step is None or step.table_width < batch.block_tables.shape[1]:
+            step = self._steps[size] = RecordedStep(self.decoder, batch, cache)
+            return step.logits
+        if step.replays is None:
+            return step.verify(self.decoder, batch, cache)
+        return step.replay(self.decoder, batch) if step.replays else self.decoder(batch, cache)
+
+    @property
+    def largest(self) -> int:
+        """Sequences of a step above which nothing is recorded; 0 where plain torch or Triton does the work."""
+        native = library.load()
+        if native is None or self.decoder.device.type != "cpu" or dispatch.interpreting():
+            return 0
+        return min(LARGEST, native.linear_rows(self.decoder.dtype, 1)) if self.decoder.dtype in library.DTYPES else 0
+
+
+class RecordedStep:
+    """One recorded step over static inputs. replays: whether the tape gives what the decoder gives; None: not known."""
+
+    def __init__(self, decoder: Decoder, batch: Batch, cache: KVCache) -> None:
+        native = library.load()
+        assert native is not None
+        self.replays: bool | None = None
+        self.table_width = _room(batch.block_tables.shape[1])
+        rows, tables = decoder.embed(batch), batch.block_tables.new_zeros(len(batch.tokens), self.table_width)
+        self._rows = Rows(rows.hidden.clone(), rows.cos.clone(), rows.sin.clone())
+        self._batch = replace(
+            batch, slots=batch.slots.clone(), context_lens=batch.context_lens.clone(), block_tables=tables
+        )
+        self._fill(decoder, batch)
+        self._tape = Tape(native)
+        with self._tape.record():
+            self.logits = decoder.run_layers(self._rows, self._batch, cache)
+
+    def replay(self, decoder: Decoder, batch: Batch) -> torch.Tensor:
+        """The logits of a batch of this size."""
+        self._fill(decoder, batch)
+        self._tape.play()
+        return self.logits
+
+    def verify(self, decoder: Decoder, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Run the batch both ways; the tape counts from now on if the logits agree bit for bit."""
+        expected = decoder(batch, cache)
+        self.replays = torch.equal(self.replay(decoder, batch).view(torch.int32), expected.view(torch.int32))
+        if not self.replays:
+            dispatch.fallback("decode_step", "it is not made of native kernels alone, so it cannot be recorded")
+        return expected
+
+    def _fill(self, decoder: Decoder, batch: Batch) -> None:
+        """Copy what changes from step to step into the static inputs."""
+        rows = decoder.embed(batch)
+        for name in ("hidden", "cos", "sin"):
+            getattr(self._rows, name).copy_(getattr(rows, name))
+        self._batch.slots.copy_(batch.slots)
+        self._batch.context_lens.copy_(batch.context_lens)
+        self._batch.block_tables[:, : batch.block_tables.shape[1]].copy_(batch.block_tables)
+
+
+def _room(width: int) -> int:
+    """The table that is made for one of `width` blocks: twice as wide each time that it grows."""
+    return max(TABLE_WIDTH, 1 << (width - 1).bit_length())

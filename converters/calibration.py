@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,17 @@ class LayerWalk:
         for one in {len(batch): batch for batch in self.batches}.values():
             self._catch_arguments(one)
         self.hidden = [self._first_input(batch) for batch in self.batches]
+        self.at = 0  # the layer that comes next
+
+    def run_all(self, layers: Iterable[int]) -> None:
+        """Through these layers, one after the other."""
+        for i in layers:
+            self.run(i)
 
     @torch.no_grad()
     def run(self, i: int) -> None:
         """Take the hidden states of all windows through layer i."""
+        self.at = i + 1
         for b, hidden in enumerate(self.hidden):
             out = self.layers[i](hidden, **self._arguments[i, hidden.shape[0]])
             self.hidden[b] = out[0] if isinstance(out, tuple) else out

@@ -8,7 +8,7 @@ the factors into the model. A group of one is SVD-LLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -84,8 +84,7 @@ def search(
 def apply(model: PreTrainedModel, record: Record) -> None:
     """Replace the linears that the record holds factors for; members of a group share one basis Parameter."""
     for part in record.facts("plan")["parts"]:
-        for path, module in _modules(model, record, part).items():
-            replace_linear(model, path, module)
+        _put(model, _modules(model, record, part))
 
 
 def summary(record: Record) -> dict[str, Any]:
@@ -106,15 +105,11 @@ def summary(record: Record) -> dict[str, Any]:
 
 def _walk_grams(model: PreTrainedModel, spec: Spec, tokens: torch.Tensor) -> Grams:
     """Gram matrices from one walk through the dense model; runs must be asked for in order."""
-    walk, done = LayerWalk(model, spec, tokens), iter(range(len(spec.layers)))
+    walk = LayerWalk(model, spec, tokens)
 
     def grams(run: Run, observed: Sequence[str]) -> dict[str, torch.Tensor]:
-        with gram_of_inputs({path: model.get_submodule(path) for path in observed}) as found:
-            for i in done:
-                walk.run(i)
-                if i == run.layers[-1]:
-                    return {path: gram / tokens.numel() for path, gram in found.items()}
-        raise ValueError(f"layers {run.layers} lie behind the walk")
+        found = _grams_of(model, observed, walk, range(walk.at, run.layers[-1] + 1))
+        return {path: gram / tokens.numel() for path, gram in found.items()}
 
     return grams
 
@@ -190,25 +185,45 @@ def _own_loss(
 def refit_runs(
     model: PreTrainedModel, spec: Spec, params: Params, tokens: torch.Tensor, record: Record, progress: bool
 ) -> None:
-    """Refit the coefficients of every run under the inputs that the compressed model, before any refit, gives it."""
-    walk, done = LayerWalk(model, spec, tokens), iter(range(len(spec.layers)))
+    """Refit the coefficients, run by run, under what the dense model and the one refitted so far give each run.
+
+    The paper fits to the compressed model's inputs alone. Where these have drifted far that teaches a module to pass
+    on what its basis had filtered out; half of each was the better fit (bench/LOG.md).
+    """
+    dense_walk, walk = (LayerWalk(model, spec, tokens) for _ in range(2))
     for run in tqdm(_runs(model, spec, params), "refitting", unit="run", disable=not progress):
-        dense = {path: model.get_submodule(path) for path in _paths(record, run)}
-        weights = {path: weight_of(model, path, spec.transposed) for path in dense}
-        facts = record.facts(_part(run))
-        observed = dict.fromkeys(path for group in facts["groups"] for path in group["observed"])
-        for path, module in _modules(model, record, _part(run)).items():
-            replace_linear(model, path, module)
-        wanted = {} if record.holds(_part(run, "refit")) else {path: model.get_submodule(path) for path in observed}
-        with gram_of_inputs(wanted) as grams:
-            for i in done:
-                walk.run(i)
-                if i == run.layers[-1]:
-                    break
-        for path, module in dense.items():
-            replace_linear(model, path, module)
-        if wanted:
-            record.save(_part(run, "refit"), _refitted(record.tensors(_part(run)), facts, weights, grams), facts)
+        part, dense = _part(run), {path: model.get_submodule(path) for path in _paths(record, run)}
+        layers, before = range(dense_walk.at, run.layers[-1] + 1), list(walk.hidden)
+        if record.holds(_part(run, "refit")):
+            dense_walk.run_all(layers)
+        else:
+            weights = {path: weight_of(model, path, spec.transposed) for path in dense}
+            facts = record.facts(part)
+            observed = dict.fromkeys(path for group in facts["groups"] for path in group["observed"])
+            wanted = _grams_of(model, observed, dense_walk, layers)
+            _put(model, _modules(model, record, part))
+            found = _grams_of(model, observed, walk, layers)
+            grams = {path: wanted[path] + found[path] for path in observed}
+            record.save(_part(run, "refit"), _refitted(record.tensors(part), facts, weights, grams), facts)
+        _put(model, dense)
+        _put(model, _modules(model, record, _part(run, "refit")))
+        walk.hidden = before
+        walk.run_all(layers)
+        _put(model, dense)
+
+
+def _grams_of(
+    model: PreTrainedModel, observed: Iterable[str], walk: LayerWalk, layers: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """Take a walk through layers, and sum X^T X over what these modules see of it."""
+    with gram_of_inputs({path: model.get_submodule(path) for path in observed}) as grams:
+        walk.run_all(layers)
+    return grams
+
+
+def _put(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        replace_linear(model, path, module)
 
 
 def _refitted(

@@ -52,13 +52,16 @@ def build_batch(chunks: list[Chunk], page: int, device: torch.device | str) -> B
     def tensor(values: list[int] | list[list[int]], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
+    # Few transfers: each costs a decode step as much as a small kernel.
+    of_rows = tensor([tokens, positions, rope_lens, slots], torch.int64)
+    of_sequences = tensor(starts + [chunk.stop for chunk in chunks], torch.int32)
     return Batch(
-        tokens=tensor(tokens, torch.int64),
-        positions=tensor(positions, torch.int64),
-        rope_lens=tensor(rope_lens, torch.int64),
-        slots=tensor(slots, torch.int64),
-        query_starts=tensor(starts, torch.int32),
-        context_lens=tensor([chunk.stop for chunk in chunks], torch.int32),
+        tokens=of_rows[0],
+        positions=of_rows[1],
+        rope_lens=of_rows[2],
+        slots=of_rows[3],
+        query_starts=of_sequences[: len(starts)],
+        context_lens=of_sequences[len(starts) :],
         block_tables=tensor(tables, torch.int32),
         logit_rows=tensor(logit_rows, torch.int64),
         max_query=max(chunk.stop - chunk.start for chunk in chunks),

@@ -20,7 +20,7 @@ from ..kernels.native.tape import Tape
 from ..spec import Spec
 from .batch import Batch
 from .cache import KVCache
-from .model import Decoder, Rows
+from .model import Decoder
 
 LARGEST = 16  # sequences of a recorded step
 TABLE_WIDTH = 64  # blocks that a first table has room for; more than that, and the step is recorded anew
@@ -71,12 +71,9 @@ class RecordedStep:
         assert native is not None
         self.replays: bool | None = None
         self.table_width = _room(batch.block_tables.shape[1])
-        rows, tables = decoder.embed(batch), batch.block_tables.new_zeros(len(batch.tokens), self.table_width)
-        self._rows = Rows(rows.hidden.clone(), rows.cos.clone(), rows.sin.clone())
-        self._batch = replace(
-            batch, slots=batch.slots.clone(), context_lens=batch.context_lens.clone(), block_tables=tables
-        )
-        self._fill(decoder, batch)
+        self._rows = decoder.embed(batch)
+        room = self.table_width - batch.block_tables.shape[1]
+        self._batch = replace(batch, block_tables=torch.nn.functional.pad(batch.block_tables, (0, room)))
         self._tape = Tape(native)
         with self._tape.record():
             self.logits = decoder.run_layers(self._rows, self._batch, cache)

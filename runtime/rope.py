@@ -27,7 +27,8 @@ class RotaryTable:
 
     def __call__(self, positions: torch.Tensor, rope_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = positions.float()[:, None] * self._inv_freq_at(rope_lens)
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
 
     def _inv_freq_at(self, rope_lens: torch.Tensor) -> torch.Tensor:
         if self.long_inv_freq is not None:

@@ -46,6 +46,19 @@ static inline void find(const Attention& a, const Piece& p, i64 tile, i64* found
     }
 }
 
+// Keys lie a row of all heads apart, too far for the hardware's prefetcher.
+template <class T>
+static inline void prefetch(const Attention& a, const Piece& p, i64 tile) {
+    i64 found[TILE];
+    find(a, p, tile, found);
+    for (i64 j = 0; j < TILE; j++)
+        if (found[j] >= 0)
+            for (i64 d = 0; d < a.head_dim; d += 64 / i64(sizeof(T))) {
+                __builtin_prefetch(static_cast<const T*>(a.k_pool) + found[j] + d);
+                __builtin_prefetch(static_cast<const T*>(a.v_pool) + found[j] + d);
+            }
+}
+
 template <class T>
 static inline V lanes_of(const T* pool, i64 at, i64 d, i64 head_dim) {
     if (at < 0) return splat(0.0f);
@@ -115,6 +128,7 @@ static void attend(const Attention& a, const Piece& p, const Buffers& s) {
     const i64 group = a.heads / a.kv_heads, rows = p.count * group;
     const i64 queries = a.query_starts[p.sequence + 1] - a.query_starts[p.sequence];
     const i64 position = a.context_lens[p.sequence] - queries + p.query;  // of the first query
+    prefetch<T>(a, p, p.begin / TILE * TILE);
     for (i64 r = 0; r < rows; r++) {
         const i64 token = a.query_starts[p.sequence] + p.query + r / group, head = p.kv_head * group + r % group;
         const T* q = static_cast<const T*>(a.q) + (token * a.heads + head) * a.head_dim;
@@ -124,6 +138,7 @@ static void attend(const Attention& a, const Piece& p, const Buffers& s) {
     }
     std::memset(s.sums, 0, rows * s.width * sizeof(float));
     for (i64 tile = p.begin / TILE * TILE; tile < p.end; tile += TILE) {
+        if (tile + TILE < p.end) prefetch<T>(a, p, tile + TILE);
         gather<T>(a, p, s, tile);
         multiply(s.q, s.width, s.keys, TILE, s.scores, TILE, rows, s.width, TILE, false);
         for (i64 r = 0; r < rows; r++) {

@@ -258,13 +258,16 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
     dtype: DtypeOption = None,
+    against: Annotated[
+        str, typer.Option(help="transformers, llama.cpp, llama.cpp:q8_0, a GGUF file or another compact folder.")
+    ] = "transformers",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the JSON.")] = None,
 ) -> None:
-    """Measure prefill and decode against transformers' generate, interleaved in this process."""
+    """Measure prefill and decode against another engine or another folder, in turns."""
     from .bench import end_to_end
 
-    result = end_to_end.compare(path, prompt_tokens, new_tokens, rounds, dtype and dtype.value)
-    print_table(end_to_end.title(result), end_to_end.COLUMNS, end_to_end.rows(result))
+    result = end_to_end.compare(path, prompt_tokens, new_tokens, rounds, dtype and dtype.value, against)
+    print_table(end_to_end.title(result), end_to_end.columns(result), end_to_end.rows(result))
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -12,6 +12,7 @@ from ..kernels.dispatch import set_threads
 from ..reports import readable
 from ..terminal import print_error, print_table, say
 from . import end_to_end
+from .sides import Pared, Transformers
 
 QUESTION = "Why is the sky blue? Answer in two sentences."
 ANSWER_TOKENS = 96
@@ -116,9 +117,9 @@ def side_by_side(models: list[tuple[Path, Row]]) -> list[tuple[str, ...]]:
     from ..runtime.llm import LLM
     from .data import boolq_passages, corpus
 
-    llms = [LLM(folder) for folder, _ in models]
-    prompt = llms[0].tokenizer.encode(corpus(boolq_passages("dev")[:20]))[:PROMPT_TOKENS]
-    rounds = [[end_to_end.ours_once(llm, prompt, NEW_TOKENS) for llm in llms] for _ in range(ROUNDS)]
+    sides = [Pared(LLM(folder), folder.name) for folder, _ in models]
+    prompt = sides[0].llm.tokenizer.encode(corpus(boolq_passages("dev")[:20]))[:PROMPT_TOKENS]
+    rounds = [[side.once(prompt, NEW_TOKENS) for side in sides] for _ in range(ROUNDS + 1)][1:]  # the first warms up
     lines: list[tuple[str, ...]] = []
     for (folder, row), timed in zip(models, zip(*rounds, strict=True), strict=True):
         prefill = statistics.median(len(prompt) / one.first for one in timed)
@@ -136,7 +137,7 @@ def transformers_perplexity(folder: Path, text: str) -> float:
     from ..runtime.text import Tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = end_to_end.open_transformers(folder, torch.bfloat16, device)
+    model = Transformers(folder, torch.bfloat16, device).model
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

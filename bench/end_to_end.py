@@ -1,16 +1,16 @@
-"""Prefill and decode of a compact folder against transformers' generate, interleaved in one process.
+"""Prefill and decode of a compact folder against transformers, llama.cpp or another folder, in turns in one run.
 
-Both sides have the same weights, dtype, device, threads and prompt. No speed is given before the two
-agree on the tokens: exactly in fp32; in 16 bits a first difference must lie where transformers' own
-logits are closer together than its decode and its prefill are apart.
+Both sides have the same threads and prompt, and but for another folder the same weights. No speed is given before
+the two agree on the tokens: exactly in fp32; in 16 bits a first difference must lie where the two tokens are closer
+together than rounding explains, for transformers than its own decode and prefill are apart.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +18,51 @@ from ..errors import ParedError, SourceError
 from ..kernels.dispatch import FALLBACKS, set_threads
 from . import record
 from .cpu_linear import CEILING_BYTES, last_level_cache, reads_of, seconds_of
+from .llama_cpp import KINDS, write_gguf
+from .sides import LlamaCpp, Pared, Side, Timed, Transformers
 
-COLUMNS = ("what", "pared", "transformers", "ratio (quartiles)")
+TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
+LLAMA_CPP_NOISE = 0.25
+"""Difference of log-probabilities up to which two tokens count as equally likely: llama.cpp gives no logits of two
+computations of the same thing that would tell its own noise in 16 and 8 bits."""
 
 
 class Disagreement(ParedError):
     """pared and transformers give different tokens, so their speeds cannot be compared."""
 
 
-@dataclass(frozen=True)
-class Timed:
-    """One answer: its tokens, seconds to the first one, and tokens per second after it."""
-
-    tokens: list[int]
-    first: float
-    rate: float
-
-
 def compare(
-    path: Path, prompt_tokens: int = 512, new_tokens: int = 64, rounds: int = 5, dtype: str | None = None
+    path: Path,
+    prompt_tokens: int = 512,
+    new_tokens: int = 64,
+    rounds: int = 5,
+    dtype: str | None = None,
+    against: str = TRANSFORMERS,
 ) -> dict[str, Any]:
-    """Measure both sides `rounds` times in turn; returns what `--out` writes. Raises Disagreement."""
+    """Measure both sides `rounds` times in turn; returns what `--out` writes.
+
+    against: "transformers", "llama.cpp" (bf16) or "llama.cpp:q8_0", a GGUF file, or another compact folder. Raises
+    Disagreement, and SourceError for something else.
+    """
     import torch
 
-    from ..runtime.accounting import decode_traffic
     from ..runtime.llm import LLM
 
     llm = LLM(path, dtype=dtype)
-    theirs = open_transformers(path, llm.model.dtype, llm.model.device)
+    ours = Pared(llm, "pared")
     prompt, origin = _prompt(llm, prompt_tokens)
-    agreement = check(llm, theirs, prompt, new_tokens)
-    pairs = [(ours_once(llm, prompt, new_tokens), theirs_once(theirs, prompt, new_tokens)) for _ in range(rounds)]
-    decode = _sides(pairs, lambda timed: timed.rate)
-    weight_bytes, ceiling = sum(decode_traffic(path, llm.model.dtype).values()), _ceiling(llm.model.device)
+    with contextlib.ExitStack() as stack:
+        theirs = stack.enter_context(_opened(against, path, llm, prompt_tokens + new_tokens))
+        agreement = check(ours, theirs, prompt, new_tokens)
+        pairs = [(ours.once(prompt, new_tokens), theirs.once(prompt, new_tokens)) for _ in range(rounds)]
+    decode = _sides(theirs.name, pairs, lambda timed: timed.rate)
+    weight_bytes, ceiling = _bytes_per_token(llm, path), _ceiling(llm.model.device)
     rate = weight_bytes * decode["pared"][1] / 1e9
     return {
         **record.circumstances(),
         "last_level_cache_bytes": last_level_cache(),
         "folder": Path(path).name,
+        "against": theirs.name,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "device": str(llm.model.device),
         "threads": torch.get_num_threads(),
@@ -67,104 +74,110 @@ def compare(
         "bytes_per_token": weight_bytes,
         "gb_per_s": rate,
         "percent_of_ceiling": None if ceiling is None else 100 * rate / ceiling,
-        "prefill_tokens_per_second": _sides(pairs, lambda timed: len(prompt) / timed.first),
+        "bytes_promise": _bytes_per_token(theirs.llm, against) / weight_bytes if isinstance(theirs, Pared) else None,
+        "prefill_tokens_per_second": _sides(theirs.name, pairs, lambda timed: len(prompt) / timed.first),
         "decode_tokens_per_second": decode,
     }
 
 
 def title(result: dict[str, Any]) -> str:
     """What the numbers of `rows` are about."""
-    ceiling = result["percent_of_ceiling"]
-    share = "" if ceiling is None else f", {ceiling:.0f} % of what memory gives"
-    return f"{result['folder']}, {result['dtype']}: decode reads {result['gb_per_s']:.1f} GB/s of weights{share}"
+    ceiling, promise = result["percent_of_ceiling"], result["bytes_promise"]
+    text = f"{result['folder']}, {result['dtype']}: decode reads {result['gb_per_s']:.1f} GB/s of weights"
+    if ceiling is not None:
+        text += f", {ceiling:.0f} % of what memory gives"
+    if promise is not None:
+        reached = 100 * result["decode_tokens_per_second"]["ratio"][1] / promise
+        text += f"; {promise:.2f} times fewer bytes a token than {result['against']}, {reached:.0f} % of that in speed"
+    return text
+
+
+def columns(result: dict[str, Any]) -> tuple[str, str, str, str]:
+    """The head of the table of `rows`."""
+    return "what", "pared", result["against"], "ratio (quartiles)"
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The result as lines of a table under COLUMNS."""
+    """The result as lines of a table under `columns`."""
     lines = []
     for what in ("prefill", "decode"):
         sides = result[f"{what}_tokens_per_second"]
         low, middle, high = sides["ratio"]
-        pared, theirs = (f"{sides[side][1]:.1f} tokens/s" for side in ("pared", "transformers"))
+        pared, theirs = (f"{sides[side][1]:.1f} tokens/s" for side in ("pared", result["against"]))
         lines.append((what, pared, theirs, f"{middle:.2f} ({low:.2f} to {high:.2f})"))
     return lines
 
 
-def ours_once(llm: Any, prompt: list[int], new_tokens: int) -> Timed:
-    """pared's answer, streamed as a user gets it."""
-    from ..runtime.params import SamplingParams
-
-    tokens: list[int] = []
-    times: list[float] = []
-    start = time.perf_counter()
-    for delta in llm.stream(prompt, SamplingParams(max_tokens=new_tokens, ignore_eos=True)):
-        tokens += delta.token_ids
-        times += [time.perf_counter()] * len(delta.token_ids)
-    return _timed(tokens, start, times)
-
-
-class _Clock:
-    """transformers hands each token to a streamer: this one notes when."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, tokens: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is held back."""
-
-
-def theirs_once(model: Any, prompt: list[int], new_tokens: int) -> Timed:
-    """transformers' greedy answer."""
+@contextlib.contextmanager
+def _opened(against: str, path: Path, llm: Any, context: int) -> Iterator[Side]:
+    """The side that `against` names."""
     import torch
 
-    clock, ids = _Clock(), torch.tensor([prompt], device=model.device)
-    start = time.perf_counter()
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=clock)
-    return _timed(out[0, len(prompt) :].tolist(), start, clock.times[1:])  # the first call brings the prompt
+    from ..runtime.llm import LLM
+
+    kind, threads = against.removeprefix(LLAMA_CPP).removeprefix(":") or "bf16", torch.get_num_threads()
+    if against == TRANSFORMERS:
+        yield Transformers(path, llm.model.dtype, llm.model.device)
+    elif against.startswith(LLAMA_CPP) and kind in KINDS:
+        with tempfile.TemporaryDirectory(prefix="pared-") as folder:
+            write_gguf(Path(path), Path(folder) / "model.gguf", kind)
+            file, name = Path(folder) / "model.gguf", f"{LLAMA_CPP} {kind}"
+            with contextlib.closing(LlamaCpp(file, name, kind == "bf16", context, threads)) as side:
+                yield side
+    elif Path(against).suffix == ".gguf" and Path(against).is_file():
+        with contextlib.closing(LlamaCpp(Path(against), Path(against).name, False, context, threads)) as side:
+            yield side
+    elif Path(against).is_dir():
+        yield Pared(LLM(Path(against), dtype=llm.model.dtype), Path(against).name)
+    else:
+        kinds = ", ".join(f"{LLAMA_CPP}:{kind}" for kind in KINDS)
+        raise SourceError(
+            f"--against {against}: give {TRANSFORMERS}, {LLAMA_CPP}, {kinds}, a GGUF file or a compact folder"
+        )
 
 
-def check(llm: Any, model: Any, prompt: list[int], new_tokens: int) -> dict[str, Any]:
-    """Hold the two answers against each other. Raises Disagreement where more than rounding tells them apart."""
+def check(ours: Pared, theirs: Side, prompt: list[int], new_tokens: int) -> dict[str, Any]:
+    """Hold the two answers against each other where they should be one. Raises Disagreement."""
     import torch
 
-    ours = ours_once(llm, prompt, new_tokens).tokens
-    ids = torch.tensor([prompt], device=model.device)
-    options = {"max_new_tokens": new_tokens, "return_dict_in_generate": True, "output_logits": True}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    theirs = out.sequences[0, len(prompt) :].tolist()
-    if ours == theirs:
+    answer, other = ours.once(prompt, new_tokens).tokens, theirs.once(prompt, new_tokens).tokens
+    if not theirs.same_weights:
+        return {"equal_tokens": None, "of": new_tokens}
+    if answer == other:
         return {"equal_tokens": new_tokens, "of": new_tokens}
-    at = next(i for i, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
-    steps = torch.stack([step[0].float() for step in out.logits])
-    with torch.no_grad():
-        whole = model(out.sequences[:, :-1]).logits[0, len(prompt) - 1 :].float()
-    noise, gap = float((steps - whole).abs().max()), float(steps[at, theirs[at]] - steps[at, ours[at]])
-    if llm.model.dtype == torch.float32 or gap > noise:
+    at = next(i for i, (one, two) in enumerate(zip(answer, other, strict=True)) if one != two)
+    if isinstance(theirs, Transformers):
+        gap, noise = _noise(theirs.model, prompt, other, at, answer[at])
+    else:
+        gap, noise = _gap(ours.llm, prompt + answer[:at], answer[at], other[at]), LLAMA_CPP_NOISE
+    if ours.llm.model.dtype == torch.float32 or gap > noise:
         raise Disagreement(
-            f"token {at} of the answer is {ours[at]} in pared and {theirs[at]} in transformers, whose logits are "
-            f"{gap:.3g} apart; its own decode and prefill differ by {noise:.3g}: one of the two is wrong"
+            f"token {at} of the answer is {answer[at]} in pared and {other[at]} in {theirs.name}, {gap:.3g} apart "
+            f"where rounding explains {noise:.3g}: one of the two is wrong"
         )
     return {"equal_tokens": at, "of": new_tokens, "logit_gap": gap, "logit_noise": noise}
 
 
-def _timed(tokens: list[int], start: float, times: list[float]) -> Timed:
-    if len(times) < 2:
-        raise ParedError(f"{len(times)} tokens were generated, a decode rate needs at least 2; ask for more tokens")
-    return Timed(tokens, times[0] - start, (len(times) - 1) / (times[-1] - times[0]))
+def _noise(model: Any, prompt: list[int], answer: list[int], at: int, other: int) -> tuple[float, float]:
+    """By how much transformers prefers its token `at` to the other; and by how much its decode and prefill differ."""
+    import torch
+
+    ids = torch.tensor([prompt], device=model.device)
+    options = {"max_new_tokens": len(answer), "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    steps = torch.stack([step[0].float() for step in out.logits])
+    with torch.no_grad():
+        whole = model(out.sequences[:, :-1]).logits[0, len(prompt) - 1 :].float()
+    return float(steps[at, answer[at]] - steps[at, other]), float((steps - whole).abs().max())
 
 
-def open_transformers(path: Path, dtype: Any, device: Any) -> Any:
-    """The same folder in transformers, greedy and without an end of text: both sides count to the end."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.utils.logging import disable_progress_bar
+def _gap(llm: Any, prompt: list[int], own: int, other: int) -> float:
+    """By how much pared's log-probability of its token exceeds the other's; infinite beyond the likeliest few."""
+    from ..runtime.params import SamplingParams
 
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-    return model
+    choice = llm.generate([prompt], SamplingParams(max_tokens=1, logprobs=8, ignore_eos=True))[0]
+    found = dict(choice.logprobs[0].top)
+    return float(found[own] - found[other]) if other in found else float("inf")
 
 
 def _prompt(llm: Any, count: int) -> tuple[list[int], str]:
@@ -183,10 +196,16 @@ def _prompt(llm: Any, count: int) -> tuple[list[int], str]:
     return torch.randint(llm.model.spec.vocab, (count,), generator=generator).tolist(), "random token ids"
 
 
-def _sides(pairs: list[tuple[Timed, Timed]], value: Callable[[Timed], float]) -> dict[str, list[float]]:
+def _bytes_per_token(llm: Any, path: Path | str) -> int:
+    from ..runtime.accounting import decode_traffic
+
+    return sum(decode_traffic(Path(path), llm.model.dtype).values())
+
+
+def _sides(name: str, pairs: list[tuple[Timed, Timed]], value: Callable[[Timed], float]) -> dict[str, list[float]]:
     ours, theirs = [value(one) for one, _ in pairs], [value(other) for _, other in pairs]
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-    quartiles = {"pared": ours, "transformers": theirs, "ratio": ratios}
+    quartiles = {"pared": ours, name: theirs, "ratio": ratios}
     return {side: record.quartiles(values) for side, values in quartiles.items()}
 
 
@@ -219,7 +238,7 @@ def main() -> None:
         result = compare(options.folder, rounds=options.rounds, dtype=dtype)
         kind = "gpu" if result["device"].startswith("cuda") else "cpu"
         record.write(f"end_to_end_{kind}_{dtype}", result)
-        print_table(title(result), COLUMNS, rows(result))
+        print_table(title(result), columns(result), rows(result))
 
 
 if __name__ == "__main__":

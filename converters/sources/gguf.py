@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from ...errors import SourceError
 from .source import Skip, Source
 
-_MODULES = {
+MODULES = {  # in a block: GGUF's name -> Hugging Face's
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -31,7 +31,7 @@ _MODULES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # Hugging Face's name -> GGUF's
 _CONTROL, _USER_DEFINED = 3, 4  # kinds of tokens that the tokenizer never splits
 
@@ -137,10 +137,10 @@ def _decimal(value: float) -> float:
 def _name(path: Path, stored: str) -> str:
     """The Hugging Face name of a tensor."""
     parts = stored.split(".")
-    if len(parts) == 2 and parts[0] in _OUTSIDE:
-        return f"{_OUTSIDE[parts[0]]}.{parts[1]}"
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _MODULES:
-        return f"model.layers.{parts[1]}.{_MODULES[parts[2]]}.{parts[3]}"
+    if len(parts) == 2 and parts[0] in OUTSIDE:
+        return f"{OUTSIDE[parts[0]]}.{parts[1]}"
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in MODULES:
+        return f"model.layers.{parts[1]}.{MODULES[parts[2]]}.{parts[3]}"
     raise SourceError(f"{path} holds {stored}, which pared does not know; convert the checkpoint that it was made from")
 
 

@@ -21,8 +21,8 @@ CALIBRATION_CHARACTERS = 1_200_000
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 256, 48, 3
 COLUMNS = ("", "disk", "bytes per token", "perplexity", "prefill", "decode")
 METHODS = (
-    "basis_sharing:ratio=10,group=1,ranks=pivoted,samples=128,length=256",
-    "recover:tokens=16384,length=256,batch=4,lr=5e-4",
+    "basis_sharing:ratio=10,group=1,ranks=pivoted,samples=128,length=512",
+    "recover:tokens=32768,length=256,batch=4,lr=5e-4",
 )
 
 

@@ -1,6 +1,6 @@
 """llama.cpp as a peer: a dense folder of the Llama architecture as a GGUF file, and its Python package around it.
 
-Build the package for this machine: `CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python`.
+Its package, built for this machine: `CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary :all: llama-cpp-python`.
 """
 
 from __future__ import annotations

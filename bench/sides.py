@@ -26,7 +26,7 @@ class Timed:
 
 
 class Side(Protocol):
-    """Something that answers prompts. name: in tables and JSON. same_weights: whether it should give the same tokens."""
+    """Something that answers prompts. name: in tables. same_weights: whether it should give the same tokens."""
 
     name: str
     same_weights: bool

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pared.bench import data, end_to_end, llama_cpp, sides
+from pared.bench import data, end_to_end, llama_cpp, shapes, sides
+from pared.convert import convert
 from pared.converters.sources import gguf as gguf_source
 from pared.errors import ParedError, SourceError
 from pared.tests import tiny
@@ -104,3 +105,12 @@ def test_a_peer_that_dies_is_told(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises((ParedError, SourceError), match=r"broken\.gguf|llama-cpp-python"):
         sides.LlamaCpp(tmp_path / "broken.gguf", "broken.gguf", False, 64, 1)
+
+
+def test_a_published_shape_with_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96, "head_dim": 8}
+    narrow = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setitem(shapes.SHAPES, "tiny", shapes.SHAPES["llama-3.2-1b"] | small | narrow)
+    shapes.make("tiny", tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "out", progress=False, dtype="bfloat16")
+    assert end_to_end.compare(tmp_path / "out", 8, 4, 1)["dtype"] == "bfloat16"

@@ -53,6 +53,7 @@ Folder = Annotated[Path, typer.Argument(metavar="PATH", help="A compact folder."
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and activations; default: the folder's.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")]
 StrictOption = Annotated[bool, typer.Option("--strict", help="An error where a slower path would replace a kernel.")]
+Int8HeadOption = Annotated[bool, typer.Option("--int8-head", help="Read the head as 8-bit integers; see eval.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens to generate at most.", show_default="256")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: what the folder recommends.")]
@@ -184,10 +185,11 @@ def generate(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     strict: StrictOption = False,
+    int8_head: Int8HeadOption = False,
 ) -> None:
     """Continue a prompt, or answer it with --chat."""
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    llm = _load(path, dtype, device, strict)
+    llm = _load(path, dtype, device, strict, int8_head)
     params = _params(llm, {**options, "min_p": min_p, "seed": seed, "stop": stop and tuple(stop)})
     asked: Any = llm.tokenizer.chat([{"role": "user", "content": prompt}]) if as_chat else prompt
     if stream:
@@ -206,9 +208,10 @@ def chat(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     strict: StrictOption = False,
+    int8_head: Int8HeadOption = False,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer; at the prompt it ends the talk, as Ctrl-D does."""
-    llm = _load(path, dtype, device, strict)
+    llm = _load(path, dtype, device, strict, int8_head)
     params = _params(llm, {"max_tokens": max_tokens, "temperature": temperature, "seed": seed})
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -233,6 +236,7 @@ def evaluate(
     ] = Protocol.windows,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    int8_head: Int8HeadOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model's quality on a text."""
@@ -244,6 +248,7 @@ def evaluate(
 
     kind = dtype and getattr(torch, dtype.value)
     options: dict[str, Any] = {"window": window, "protocol": protocol.value, "dtype": kind, "device": device}
+    options["int8_head"] = int8_head
     row = measure(path, _read(text), progress=sys.stderr.isatty(), **options)
     if as_json:
         print_json(asdict(row))
@@ -272,10 +277,10 @@ def bench(
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _load(path: Path, dtype: Dtype | None, device: str | None, strict: bool) -> LLM:
+def _load(path: Path, dtype: Dtype | None, device: str | None, strict: bool, int8_head: bool) -> LLM:
     from .runtime.llm import LLM
 
-    return LLM(path, dtype=dtype and dtype.value, device=device, strict=strict)
+    return LLM(path, dtype=dtype and dtype.value, device=device, strict=strict, int8_head=int8_head)
 
 
 def _params(llm: LLM, options: dict[str, Any]) -> SamplingParams:

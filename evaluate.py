@@ -17,6 +17,7 @@ from .runtime.accounting import decode_traffic
 from .runtime.batch import Batch
 from .runtime.cache import KVCache
 from .runtime.engine import EngineCore
+from .runtime.graphs import GraphedDecoder
 from .runtime.llm import context_length
 from .runtime.loader import load, pick_device
 from .runtime.memory import SHARE_OF_FREE, free_bytes
@@ -90,10 +91,10 @@ def tokens_per_second(decoder: Decoder, prompt: int = 32, answer: int = 64, seco
     length = min(prompt + answer, context_length(spec))
     heads = [layer.kv_heads for layer in spec.layers]
     cache = KVCache(heads, spec.head_dim, 2 + length // _PAGE, _PAGE, decoder.dtype, decoder.device)
-    core = EngineCore(decoder, cache, context=length, eos=frozenset(), max_batch=1, chunk=length)
+    core = EngineCore(GraphedDecoder(decoder), cache, context=length, eos=frozenset(), max_batch=1, chunk=length)
     core.add([i % spec.vocab for i in range(max(1, length - answer))], SamplingParams(max_tokens=answer))
-    core.step()  # reads the prompt
-    core.step()  # warms the decoding path up
+    for _ in range(4):  # the prompt, then the steps that record a decode step and try it
+        core.step()
     start, done = time.perf_counter(), 0
     while core.busy and time.perf_counter() - start < seconds:
         done += len(core.step())
@@ -142,23 +143,26 @@ def measure(
     protocol: str = "windows",
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    int8_head: bool = False,
     progress: bool = False,
 ) -> Row:
     """Load a compact folder and measure it; perplexity only of a `text`, in windows no longer than it or the context.
 
-    dtype: of weights and activations; default is the folder's. device: default is the GPU if there is one.
+    dtype: of weights and activations; default is the folder's. device: default is the GPU if there is one. int8_head:
+    see runtime.loader.load; the name then says so.
     A model too large for the device is loaded without its weights: its row has no speed and no perplexity.
     """
     path = Path(path)
+    name = f"{path.name}, int8 head" if int8_head else path.name
     target = pick_device(device)
     disk = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    read = sum(decode_traffic(path, dtype).values())
+    read = sum(decode_traffic(path, dtype, int8_head).values())
     if read > free_bytes(target) * SHARE_OF_FREE[target.type]:
-        return Row(path.name, disk, read)
-    decoder = load(path, target, dtype)
+        return Row(name, disk, read)
+    decoder = load(path, target, dtype, int8_head)
     quality = None
     if text is not None:
         tokens = Tokenizer(path).encode(text)
         window = max(2, min(window, context_length(decoder.spec), len(tokens)))
         quality = perplexity(decoder_logits(decoder), tokens, window, protocol, progress)
-    return Row(path.name, disk, read, tokens_per_second(decoder), quality)
+    return Row(name, disk, read, tokens_per_second(decoder), quality)

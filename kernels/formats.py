@@ -32,9 +32,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import dense, shared_basis
+from . import dense, int8, shared_basis
 
-FORMATS: tuple[ModuleType, ...] = (dense, shared_basis)
+FORMATS: tuple[ModuleType, ...] = (dense, shared_basis, int8)
 
 
 def by_name(name: str) -> ModuleType:

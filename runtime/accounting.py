@@ -42,9 +42,9 @@ class WeightSpy(TorchDispatchMode):
         return result
 
 
-def decode_traffic(path: str | Path, dtype: torch.dtype | None = None) -> Counter[str]:
+def decode_traffic(path: str | Path, dtype: torch.dtype | None = None, int8_head: bool = False) -> Counter[str]:
     """Bytes of weights that decoding one token of the folder's model reads, by op; the values add up to all."""
-    return step_traffic(load(path, device="meta", dtype=dtype))
+    return step_traffic(load(path, "meta", dtype, int8_head))
 
 
 def step_traffic(decoder: Decoder) -> Counter[str]:

@@ -38,7 +38,8 @@ class LLM:
     """A compact folder, loaded and ready to generate.
 
     path: the folder. dtype: of weights, activations and KV cache; default is the folder's. device: default is the GPU
-    if there is one. strict: an error where a slower path would replace a kernel. max_batch, chunk: sequences and
+    if there is one. strict: an error where a slower path would replace a kernel. int8_head: read the head as 8-bit
+    integers (`pared eval --int8-head` tells what that costs). max_batch, chunk: sequences and
     token rows of one step at most. page: tokens of a KV block. The cache holds num_blocks blocks or kv_cache_bytes
     bytes; by default what max_batch sequences of full context can need, cut to a share of the free memory.
 
@@ -53,6 +54,7 @@ class LLM:
         device: str | torch.device | None = None,
         strict: bool = False,
         *,
+        int8_head: bool = False,
         max_batch: int = 64,
         chunk: int = 1024,
         page: int = 16,
@@ -60,7 +62,7 @@ class LLM:
         kv_cache_bytes: int | None = None,
     ) -> None:
         self.strict = strict
-        self.model = load(path, device, _dtype(dtype))
+        self.model = load(path, device, _dtype(dtype), int8_head)
         self.tokenizer = Tokenizer(path)
         configs = [_read_json(Path(path) / name) for name in ("generation_config.json", "config.json")]
         self.default_params = _default_params(configs[0])

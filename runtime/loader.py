@@ -16,24 +16,30 @@ import torch
 from .. import families
 from ..compact import Folder, UnitEntry, open_folder
 from ..errors import BadParameter, MissingTensors, UnknownVersion, WrongShape
-from ..kernels import formats
-from ..kernels.unit import Packed, Prepared
+from ..kernels import formats, int8
+from ..kernels.unit import Packed, Prepared, Unit
 from ..spec import Spec
 from .model import Block, Decoder, Ffn, Norm, Projection, Weights
 
 Shape = tuple[int, ...]
 
 
-def load(path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Decoder:
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    int8_head: bool = False,
+) -> Decoder:
     """Load a compact folder for running.
 
     device: default is the GPU if there is one, else the CPU. dtype: of weights and activations; default
-    is what the folder holds. Raises the FolderError that names what is wrong with the folder.
+    is what the folder holds. int8_head: read the head as 8-bit integers, half the bytes of bf16 at a small loss.
+    Raises the FolderError that names what is wrong with the folder.
     """
     target = pick_device(device)
     with open_folder(path) as folder:
         spec = check(folder)
-        return Decoder(spec, _Loading(folder, spec, target, dtype).weights())
+        return Decoder(spec, _Loading(folder, spec, target, dtype, int8_head).weights())
 
 
 def check(folder: Folder) -> Spec:
@@ -123,6 +129,7 @@ class _Loading:
     spec: Spec
     device: torch.device
     dtype: torch.dtype | None
+    int8_head: bool = False
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _prepared: dict[str, Prepared] = field(default_factory=dict)
     _units: dict[str, UnitEntry] = field(default_factory=dict)
@@ -140,7 +147,7 @@ class _Loading:
             blocks=tuple(self._block(i) for i in range(len(spec.layers))),
             final_norm=self._norm(names.final_norm, spec.hidden) if spec.final_norm else None,
             project_out=self._projection([names.project_out]) if spec.projected else None,
-            head=self._projection([names.head]),
+            head=self._int8(names.head) if self.int8_head else self._projection([names.head]),
         )
 
     def _block(self, i: int) -> Block:
@@ -173,6 +180,15 @@ class _Loading:
             if stacked:
                 return Projection(((stacked, paths[0]),))
         return Projection(tuple(parts))
+
+    def _int8(self, path: str) -> Projection:
+        """A module as rows of 8-bit integers, whatever the folder holds it as."""
+        packed = self._packed(self._units[path])
+        tensors = {"weight": formats.by_name(packed.format).weight(packed, path)}
+        if "bias" in packed.tensors:
+            tensors["bias"] = packed.tensors["bias"]
+        rows = int8.quantize(Unit({path: packed.modules[path]}, tensors))
+        return Projection(((int8.prepare(int8.encode(rows), self.device), path),))
 
     def _prepare(self, path: str) -> Prepared:
         """The unit that serves this module, laid out for the device; kept only while other layers will ask for it."""

@@ -177,7 +177,7 @@ def test_statistics() -> None:
 @pytest.fixture
 def mocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders need hold neither weights nor a tokenizer."""
-    monkeypatch.setattr(llm_module, "load", lambda path, device, dtype: MockModel())
+    monkeypatch.setattr(llm_module, "load", lambda *_: MockModel())
     monkeypatch.setattr(llm_module, "GraphedDecoder", lambda model: model)
     monkeypatch.setattr(llm_module, "Tokenizer", lambda path: LetterTokenizer())
 
@@ -321,7 +321,7 @@ def test_strict_reaches_the_kernels(mocked: None, monkeypatch: pytest.MonkeyPatc
             dispatch.fallback("mock", "it always falls back")
             raise AssertionError("strict let a slower path run")
 
-    monkeypatch.setattr(llm_module, "load", lambda path, device, dtype: Falling())
+    monkeypatch.setattr(llm_module, "load", lambda *_: Falling())
     with pytest.raises(FallbackRefused, match="it always falls back"):
         LLM(tmp_path, strict=True, num_blocks=8).generate("x")
 

@@ -27,7 +27,9 @@ every_case = pytest.mark.parametrize(("module", "unit"), EVERY)
 
 
 def dtype_of(unit: Unit) -> torch.dtype:
-    return next(iter(unit.tensors.values())).dtype
+    """Of activations: that of the weights, or bf16 where weights are integers."""
+    dtype = next(iter(unit.tensors.values())).dtype
+    return dtype if dtype.is_floating_point else torch.bfloat16
 
 
 def inputs(unit: Unit, rows: int, seed: int = 0) -> torch.Tensor:

@@ -42,7 +42,10 @@ static inline u32 to_bits(float value) {
     return bits;
 }
 
+using i8 = std::int8_t;
+
 static inline float to_float(float x) { return x; }
+static inline float to_float(i8 x) { return x; }
 static inline float to_float(bf16 x) { return from_bits(u32(x.bits) << 16); }
 static inline float to_float(fp16 x) {
     const u32 sign = u32(x.bits & 0x8000) << 16, magnitude = u32(x.bits & 0x7fff) << 13;

@@ -1,6 +1,6 @@
 // One step along K with AVX512-BF16: 32 products of bf16 pairs into 16 fp32 sums. Included by linear_kernel.h.
 template <>
-struct Dot<bf16> {
+struct Dot<bf16, bf16> {
     static constexpr int STEP = 32;
     using Operand = __m512bh;
     static inline Operand take(const bf16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }

@@ -34,7 +34,7 @@ _INT, _I64, _F32, _PTR = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_
 _RUN = (_INT, _INT, _INT)  # level, dtype, threads
 _SIGNATURES = {
     "pared_best_level": (),
-    "pared_linear": (*_RUN, *[_PTR] * 4, _INT, _INT, *[_I64] * 3),
+    "pared_linear": (*_RUN, *[_PTR] * 5, _INT, _INT, *[_I64] * 3),
     "pared_basis_linear": (*_RUN, *[_PTR] * 2, _I64, _PTR, *[_I64] * 2),
     "pared_in_order": (*_RUN, *[_PTR] * 3, *[_I64] * 2),
     "pared_read": (_INT, _INT, _PTR, _I64, _PTR),
@@ -66,6 +66,9 @@ _LINEAR_ROWS = {
 
 # With fewer inputs than this a sum is short and its end, which AMX tiles leave to scalar code, weighs more.
 _SHALLOW_INPUTS, _SHALLOW_ROWS = 2048, 32
+
+# int8 rows have no dot product of their own: each weight is widened, and arithmetic soon outweighs the bytes saved.
+_INT8_ROWS = {"scalar": 0, "avx2": 4, "avx512": 16, "avx512_bf16": 16, "amx": 16}
 
 # basis_linear against two F.linears a part, whose gather and whose z go through memory.
 _BASIS_ROWS = _LINEAR_ROWS | {"amx": _LINEAR_ROWS["amx"] | {torch.bfloat16: 128}}
@@ -108,22 +111,34 @@ class Library:
         rows = _LINEAR_ROWS[self.level][dtype]
         return min(rows, _SHALLOW_ROWS) if inputs < _SHALLOW_INPUTS else rows
 
+    def int8_rows(self) -> int:
+        """The largest M for which int8 weights stay int8; above, F.linear on the weights that they stand for."""
+        return _INT8_ROWS[self.level]
+
     def basis_rows(self, dtype: torch.dtype) -> int:
         """The largest M for which `basis_linear` is the path of choice; two F.linears a part are above it."""
         return _BASIS_ROWS[self.level][dtype]
 
-    def linear(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def linear(
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        scale: torch.Tensor | None = None,
+    ) -> None:
         """out [M, N] = x [M, K] @ w [N, K]^T + bias [N]; x, w, out of one dtype, bias of that or fp32; out may be fp32.
+
+        With a scale, fp32 [N], w is int8 and its row n stands for scale[n] * w[n].
 
         A row's result does not depend on the other rows nor on M, but for bf16 on AMX between M = 1 and M > 1.
         """
         m, k = x.shape
         self.calls.pared_linear(
-            self._level,
-            DTYPES[w.dtype],
-            torch.get_num_threads(),
+            *self._run(x),
             x.data_ptr(),
             w.data_ptr(),
+            None if scale is None else scale.data_ptr(),
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             bias is not None and bias.dtype == torch.float32,

@@ -41,7 +41,7 @@ void release_tiles() {
 
 static Rows rows_of_bf16(int level, const Linear& a) {
     if (a.packed) return amx::rows_of;
-    return level < AVX512_BF16 ? WIDEST(level, rows_of<bf16>) : avx512_bf16::rows_of<bf16>;
+    return level < AVX512_BF16 ? WIDEST(level, rows_of<bf16, bf16>) : avx512_bf16::rows_of<bf16, bf16>;
 }
 #else
 bool on_tiles(int, int, i64, i64) { return false; }
@@ -49,12 +49,18 @@ i64 packed_words(i64, i64) { return 0; }
 void pack(const void*, i64, const int*, i64, i64, u32*, i64, i64) {}
 void hold_tiles(i64) {}
 void release_tiles() {}
-static Rows rows_of_bf16(int, const Linear&) { return scalar::rows_of<bf16>; }
+static Rows rows_of_bf16(int, const Linear&) { return scalar::rows_of<bf16, bf16>; }
 #endif
 
+static Rows rows_of_int8(int level, int dtype) {
+    if (dtype == BF16) return WIDEST(level, rows_of<bf16, i8>);
+    return dtype == FP16 ? WIDEST(level, rows_of<fp16, i8>) : WIDEST(level, rows_of<float, i8>);
+}
+
 Rows rows_of(int level, int dtype, const Linear& a) {
+    if (a.scale) return rows_of_int8(level, dtype);
     if (dtype == BF16) return rows_of_bf16(level, a);
-    return dtype == FP16 ? WIDEST(level, rows_of<fp16>) : WIDEST(level, rows_of<float>);
+    return dtype == FP16 ? WIDEST(level, rows_of<fp16, fp16>) : WIDEST(level, rows_of<float, float>);
 }
 
 namespace {
@@ -68,7 +74,11 @@ struct LinearCall final : Call {
     enum { PACK, MULTIPLY };
 
     LinearCall(int level, int dtype, const Linear& a)
-        : a(a), row_bytes(a.k * element_bytes(dtype)), level(level), dtype(dtype), tiles(on_tiles(level, dtype, a.m, a.n)) {}
+        : a(a),
+          row_bytes(a.k * (a.scale ? 1 : element_bytes(dtype))),
+          level(level),
+          dtype(dtype),
+          tiles(!a.scale && on_tiles(level, dtype, a.m, a.n)) {}
 
     int useful_threads(int threads) const override { return ::useful_threads(a.n * row_bytes, threads); }
 
@@ -91,8 +101,9 @@ struct LinearCall final : Call {
 
 }  // namespace
 
-extern "C" void pared_linear(int level, int dtype, int threads, const void* x, const void* w, const void* bias, void* y,
-                             int bias_is_fp32, int y_is_fp32, i64 m, i64 n, i64 k) {
+extern "C" void pared_linear(int level, int dtype, int threads, const void* x, const void* w, const float* scale,
+                             const void* bias, void* y, int bias_is_fp32, int y_is_fp32, i64 m, i64 n, i64 k) {
     if (!m || !n) return;
-    submit(LinearCall(level, dtype, {x, w, bias, y, bias_is_fp32 != 0, y_is_fp32 != 0, m, n, k, k, 0, n, nullptr}), threads);
+    const Linear a{x, w, bias, y, bias_is_fp32 != 0, y_is_fp32 != 0, m, n, k, k, 0, n, nullptr, scale};
+    submit(LinearCall(level, dtype, a), threads);
 }

@@ -3,13 +3,14 @@
 #include "queue.h"
 
 struct Linear {
-    const void *x, *w;  // x [m, k], w [n, k]
+    const void *x, *w;  // x [m, k], w [n, k]; w is of x's type, or int8 where there is a scale
     const void* bias;   // [n] for every row of x, or [m, n]; or null
     void* y;            // [m, n]
     bool bias_is_fp32, y_is_fp32;
     i64 m, n, k;
     i64 x_stride, bias_stride, y_stride;  // elements from row to row; 0 for one bias of all rows
     const u32* packed;                    // x as tiles want it (linear_amx.h), or null
+    const float* scale = nullptr;         // [n] of int8 rows of w, or null
 };
 
 // Multiplies rows begin .. end of W with every row of x.
@@ -41,6 +42,7 @@ static inline int useful_threads(i64 bytes, int threads) { return int(most(1, le
 // y[m, n] = sum + bias, rounded once.
 template <class T>
 static inline void put(const Linear& a, i64 m, i64 n, float sum) {
+    if (a.scale) sum *= a.scale[n];
     const float value = sum + bias_at<T>(a.bias, a.bias_is_fp32, m * a.bias_stride + n);
     const i64 at = m * a.y_stride + n;
     if (a.y_is_fp32) static_cast<float*>(a.y)[at] = value;

@@ -30,6 +30,12 @@ template <class T>
 static inline V load(const T* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T()); }
 template <class T>
 static inline V load(const T* p, i64 n) { return widen(_mm256_maskz_loadu_epi16(first(n), p), T()); }
+static inline V load(const i8* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+static inline V load(const i8* p, i64 n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
+}
 
 static inline void store(float* p, V x) { _mm512_storeu_ps(p, x); }
 static inline void store(float* p, V x, i64 n) { _mm512_mask_storeu_ps(p, first(n), x); }

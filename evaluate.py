@@ -93,7 +93,7 @@ def tokens_per_second(decoder: Decoder, prompt: int = 32, answer: int = 64, seco
     cache = KVCache(heads, spec.head_dim, 2 + length // _PAGE, _PAGE, decoder.dtype, decoder.device)
     core = EngineCore(GraphedDecoder(decoder), cache, context=length, eos=frozenset(), max_batch=1, chunk=length)
     core.add([i % spec.vocab for i in range(max(1, length - answer))], SamplingParams(max_tokens=answer))
-    for _ in range(4):  # the prompt, then the steps that record a decode step and try it
+    for _ in range(min(4, 1 + answer // 3)):  # the prompt, then the steps that record a decode step and try it
         core.step()
     start, done = time.perf_counter(), 0
     while core.busy and time.perf_counter() - start < seconds:

@@ -32,7 +32,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "triton": {"kernels", "bench"},
     "transformers": {"converters", "runtime/text.py", "hf.py", "bench"},
-    "gguf": {"converters"},
+    "gguf": {"converters", "bench/llama_cpp.py"},
     "typer": {"cli.py"},
     "rich": {"terminal.py"},
     "matplotlib": {"bench"},

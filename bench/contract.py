@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels.dispatch import interpreting
 from ..kernels.unit import Packed, Prepared, Unit
 from . import truth
 from .paths import PathSpy
@@ -41,8 +42,13 @@ class Check(NamedTuple):
 
 
 def check(module: ModuleType, rows: Sequence[int] = ROWS, device: str = "cpu") -> Iterator[Check]:
-    """Every check of the format's cases; one that raises is a failed check with the message as its note."""
+    """Every check of the format's cases; one that raises is a failed check with the message as its note.
+
+    Triton's interpreter cuts bf16 off where a GPU rounds: there bf16 is left to tests/test_triton_interpret.py.
+    """
     for unit in module.cases():
+        if interpreting() and dtype_of(unit) == torch.bfloat16:
+            continue
         runs: list[tuple[str, int | None, Callable[[], Iterator[Check]]]] = [
             ("storage", None, partial(_storage, module, unit)),
             ("slice", None, partial(_slice, module, unit)),

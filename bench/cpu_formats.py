@@ -182,7 +182,7 @@ def _check(
         pairs = list(zip(packs, (module.path for module in modules), strict=True))
         own, truth = (torch.cat([reference(rows, *pair) for pair in pairs], dim=1) for rows in (few, few.float()))
         error, bound = rms_error(y, own, truth)
-        if error > bound:
+        if not error <= bound:
             raise KernelError(
                 f"{case.side}, {modules[0].path}, M = {case.m}: our error is {error:.3g}, torch's {bound:.3g}"
             )

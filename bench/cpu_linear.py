@@ -103,7 +103,7 @@ def check(x: torch.Tensor, weight: torch.Tensor) -> None:
 
     ours, torchs = (side(x, [weight])()[0] for side in (_ours, _torchs))
     error, bound = rms_error(ours, torchs, x.double() @ weight.double().t())
-    if error > bound:
+    if not error <= bound:
         raise KernelError(f"x {tuple(x.shape)}, W {tuple(weight.shape)}: our error is {error:.3g}, torch's {bound:.3g}")
 
 

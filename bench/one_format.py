@@ -152,7 +152,7 @@ def checked(module: ModuleType, packed: Packed, prepared: Prepared, x: torch.Ten
     parts = [(packed, samples.PATH)]
     path, *results = contract.applied(module, prepared, parts, x, device, most=CHECKED_ROWS)
     error, bound = rms_error(*results)
-    if error > bound:
+    if not error <= bound:
         n, k = packed.modules[samples.PATH]
         raise KernelError(f"{module.NAME} [{n}, {k}] at M = {len(x)}: its error is {error:.3g}, the bound {bound:.3g}")
     return path

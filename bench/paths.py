@@ -14,8 +14,10 @@ from ..kernels.dispatch import interpreting
 from ..kernels.unit import Packed, Prepared
 
 NAMESPACE = "pared"
-MAKES_ROOM = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "view", "slice", "t", "unsqueeze")
-"""What a launcher does around its kernel: memory for the result, and views. Any other op of torch computes."""
+ROOM = {"empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "view", "slice", "t", "unsqueeze"}
+COPIES = {"copy_", "set_"}
+MAKES_ROOM = ROOM | COPIES
+"""What surrounds a kernel: memory for the result, views, and what Triton's interpreter copies. The rest computes."""
 
 
 def _keys(kind: str) -> Any:

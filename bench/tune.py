@@ -35,6 +35,16 @@ if TYPE_CHECKING:
 ROTATED_BYTES = 1 << 30
 TABLE = Path(__file__).resolve().parents[1] / "kernels" / "tuning.py"
 COLUMNS = ("table", "tile", "registers", "shared", "bytes/instr", "verdict")
+SERVED = {
+    "GEMV": ("dense",),
+    "GEMM": ("dense", "shared_basis"),  # whose second launch takes its tiles from here as well
+    "BASIS_GEMV": ("shared_basis",),
+    "BASIS_GEMM": ("shared_basis",),
+}
+"""Tables of kernels/tuning.py, and the formats whose launches look into them."""
+TABLES = (*SERVED, "ATTENTION")
+ONE_TILE = ("GEMV",)
+"""Tables that hold a tile for a target; the others hold a tuple of them, one a slot."""
 
 
 class Slot(NamedTuple):
@@ -78,20 +88,13 @@ def space(table: str) -> list[tuple[Tile, ...]]:
     }[table]
 
 
-TABLES = ("GEMV", "GEMM", "BASIS_GEMV", "BASIS_GEMM", "ATTENTION")
-ONE_TILE = ("GEMV",)
-"""Tables that hold a tile for a target; the others hold a tuple of them, one a slot."""
-
-
 def slots(table: str, shapes: Sequence[tuple[int, int]]) -> list[Slot]:
     """What has to be decided for `table`, and on which workloads."""
     if table == "ATTENTION":
         workloads: dict[int, tuple[Workload, ...]] = {16: (Attention(8, 1, 4096),), 64: (Attention(1, 2048, 2048),)}
         return [Slot(table, tiles, workloads[tiles[0].m]) for tiles in space(table)]
-    # The second launch of shared_basis takes its tiles from GEMM as well.
-    names = {"GEMV": ("dense",), "GEMM": ("dense", "shared_basis")}.get(table, ("shared_basis",))
     return [
-        Slot(table, tiles, tuple(FormatOnRows(name, *shape, tiles[0].m) for name in names for shape in shapes))
+        Slot(table, tiles, tuple(FormatOnRows(name, *shape, tiles[0].m) for name in SERVED[table] for shape in shapes))
         for tiles in space(table)
     ]
 

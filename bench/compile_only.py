@@ -33,6 +33,7 @@ TARGETS = {
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Bytes that one program may take. Triton compiles more without a word; only a launch would fail."""
 
+LOAD = re.compile(r"LDG(STS)?\.|(buffer|global)_load")
 WIDE_LOAD = re.compile(r"LDG.*\.128|(buffer|global)_load_dwordx4")
 
 
@@ -58,6 +59,23 @@ class Report(NamedTuple):
         """
         wide = sum(n for name, n in self.loop.items() if WIDE_LOAD.match(name))
         return 16 * wide / max(1, self.loop.total())
+
+    @property
+    def wide_loads(self) -> int:
+        """Loads from memory of 16 bytes a thread."""
+        return self.count(WIDE_LOAD.pattern)
+
+    @property
+    def narrow_loads(self) -> int:
+        """Loads from memory of fewer."""
+        return self.count(LOAD.pattern) - self.wide_loads
+
+    def breaks(self, target: str) -> list[str]:
+        """The limits that this kernel breaks on `target`, in words."""
+        broken = [f"{self.spills} spills"] if self.spills else []
+        broken += [f"{self.scratch} bytes of stack a thread"] if self.scratch else []
+        most = SHARED_MEMORY[target]
+        return broken + ([f"{self.shared} bytes of shared memory, {target} has {most}"] if self.shared > most else [])
 
     def count(self, pattern: str) -> int:
         """Instructions whose mnemonic matches `pattern` from its start."""
@@ -87,18 +105,37 @@ class _Driver:
 def compile_only(name: str) -> Iterator[list[Any]]:
     """Within this block launches compile for target `name`; the list gathers the compiled kernels."""
     compiled: list[Any] = []
-    run, active = JITFunction.run, driver._active
+    run = JITFunction.run
 
     def compile_it(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
         return compiled[-1]
 
-    driver.set_active(_Driver(name))
-    JITFunction.run = compile_it
-    try:
+    with _instead_of_launching(name, compile_it):
         yield compiled
+
+
+@contextlib.contextmanager
+def names_only(name: str) -> Iterator[list[str]]:
+    """Within this block launches on target `name` do nothing; the list gathers the names of the kernels."""
+    names: list[str] = []
+
+    def note_it(self: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(self.fn.__name__)
+
+    with _instead_of_launching(name, note_it):
+        yield names
+
+
+@contextlib.contextmanager
+def _instead_of_launching(name: str, run: Any) -> Iterator[None]:
+    launch, active = JITFunction.run, driver._active
+    driver.set_active(_Driver(name))
+    JITFunction.run = run
+    try:
+        yield
     finally:
-        JITFunction.run, driver._active = run, active
+        JITFunction.run, driver._active = launch, active
 
 
 def report(kernel: Any) -> Report:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import KernelError
 from ..kernels.dispatch import set_threads
 from . import record
-from .cpu_linear import CEILING_BYTES, Weights, buffer_of, free_memory, last_level_cache, reads_of, seconds_of
+from .cpu_linear import Ceiling, Weights, buffer_of, last_level_cache, reads_of, rotated_bytes, seconds_of
 
 if TYPE_CHECKING:
     import torch
@@ -93,20 +93,16 @@ def measure(name: str, dtype: torch.dtype, rows: Sequence[int], rounds: int) -> 
     if native is None:
         raise KernelError(library.why_not())
     generator = torch.Generator().manual_seed(0)
-    cache, layer = last_level_cache(), plan(name)
-    weights = Weights(buffer_of(dtype, max(CEILING_BYTES, min(8 * cache, free_memory() // 4)), generator))
+    layer, weights = plan(name), Weights(buffer_of(dtype, rotated_bytes(), generator))
     cases = [Case(side, m) for m in rows for side in SIDES]
-    reads: dict[str, list[float]] = {}
-    result = record.circumstances()
+    result, ceiling = record.circumstances(), Ceiling(reads_of(weights.buffer, native))
     with torch.inference_mode():
         for case in cases:
             _check(case, layer, weights, dtype, generator)
         for _ in range(rounds):
-            for how, run in reads_of(weights.buffer, native).items():
-                reads.setdefault(how, []).append(CEILING_BYTES / seconds_of(run) / 1e9)
+            ceiling.read()
             for at in torch.randperm(len(cases), generator=generator).tolist():
                 _time(cases[at], layer, weights, dtype, generator)
-    ceiling = max(record.quartiles(rates)[1] for rates in reads.values())
     return {
         **result,
         "model": name,
@@ -114,12 +110,11 @@ def measure(name: str, dtype: torch.dtype, rows: Sequence[int], rounds: int) -> 
         "level": native.level,
         "threads": torch.get_num_threads(),
         "rounds": rounds,
-        "last_level_cache_bytes": cache,
+        "last_level_cache_bytes": last_level_cache(),
         "rotated_bytes": weights.buffer.nbytes,
-        "ceiling_gb_per_s": ceiling,
-        "reads_gb_per_s": {how: record.quartiles(rates) for how, rates in reads.items()},
+        **ceiling.as_json(),
         "sets": [[module.path for module in modules] for modules in layer],
-        "cases": [_summary(case, cases, ceiling) for case in cases],
+        "cases": [_summary(case, cases, ceiling.gb_per_s) for case in cases],
     }
 
 
@@ -173,6 +168,7 @@ def _check(
     import torch
 
     from ..kernels import formats
+    from .truth import rms_error
 
     for modules in layer:
         packs = [_pack(case.side, module, weights) for module in modules]
@@ -185,10 +181,10 @@ def _check(
         few, reference = x[:CHECKED_ROWS], formats.by_name(packs[0].format).reference
         pairs = list(zip(packs, (module.path for module in modules), strict=True))
         own, truth = (torch.cat([reference(rows, *pair) for pair in pairs], dim=1) for rows in (few, few.float()))
-        ours, owns = ((result.float() - truth).square().mean().sqrt().item() for result in (y, own))
-        if not ours <= owns + 1e-5 * max(1.0, truth.abs().max().item()):
+        error, bound = rms_error(y, own, truth)
+        if not error <= bound:
             raise KernelError(
-                f"{case.side}, {modules[0].path}, M = {case.m}: our error is {ours:.3g}, torch's {owns:.3g}"
+                f"{case.side}, {modules[0].path}, M = {case.m}: our error is {error:.3g}, torch's {bound:.3g}"
             )
 
 

@@ -71,45 +71,40 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     native = library.load()
     if native is None:
         raise KernelError(library.why_not())
-    cache = last_level_cache()
     generator = torch.Generator().manual_seed(0)
-    weights = Weights(buffer_of(dtype, max(CEILING_BYTES, min(8 * cache, free_memory() // 4)), generator))
+    weights = Weights(buffer_of(dtype, rotated_bytes(), generator))
     cases = []
     for n, k, m in CASES:
         x = torch.randn(m, k, generator=generator).to(dtype)
         cases.append(Case(n, k, x, "native" if m <= native.linear_rows(dtype, k) else "torch"))
         check(x, weights.take(n, k))
-    reads: dict[str, list[float]] = {"torch.sum": [], "native read": []}
-    result = record.circumstances()
+    result, ceiling = record.circumstances(), Ceiling(reads_of(weights.buffer, native))
     with torch.inference_mode():
         for number in range(rounds):
-            for name, run in reads_of(weights.buffer, native).items():
-                reads[name].append(CEILING_BYTES / seconds_of(run) / 1e9)
+            ceiling.read()
             for case in cases:
                 _time_both(case, weights, ours_first=number % 2 == 0)
-    ceiling = max(record.quartiles(rates)[1] for rates in reads.values())
     return {
         **result,
         "dtype": str(dtype).removeprefix("torch."),
         "level": native.level,
         "threads": torch.get_num_threads(),
         "rounds": rounds,
-        "last_level_cache_bytes": cache,
+        "last_level_cache_bytes": last_level_cache(),
         "rotated_bytes": weights.buffer.nbytes,
-        "ceiling_gb_per_s": ceiling,
-        "reads_gb_per_s": {name: record.quartiles(rates) for name, rates in reads.items()},
-        "cases": [_summary(case, ceiling) for case in cases],
+        **ceiling.as_json(),
+        "cases": [_summary(case, ceiling.gb_per_s) for case in cases],
     }
 
 
 def check(x: torch.Tensor, weight: torch.Tensor) -> None:
     """Raise KernelError unless our result is as near to fp64 truth as F.linear's in the same dtype."""
-    truth = x.double() @ weight.double().t()
-    results = (side(x, [weight])()[0] for side in (_ours, _torchs))
-    ours, torchs = ((y.double() - truth).square().mean().sqrt().item() for y in results)
-    slack = 1e-5 * max(1.0, truth.abs().max().item())
-    if not ours <= torchs + slack:
-        raise KernelError(f"x {tuple(x.shape)}, W {tuple(weight.shape)}: our error is {ours:.3g}, torch's {torchs:.3g}")
+    from .truth import rms_error
+
+    ours, torchs = (side(x, [weight])()[0] for side in (_ours, _torchs))
+    error, bound = rms_error(ours, torchs, x.double() @ weight.double().t())
+    if not error <= bound:
+        raise KernelError(f"x {tuple(x.shape)}, W {tuple(weight.shape)}: our error is {error:.3g}, torch's {bound:.3g}")
 
 
 def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -141,6 +136,11 @@ def free_memory() -> int:
     return int(found[1]) << 10 if found else CEILING_BYTES
 
 
+def rotated_bytes() -> int:
+    """Bytes that measurements read before any of them again: eight times the last-level cache, as memory allows."""
+    return max(CEILING_BYTES, min(8 * last_level_cache(), free_memory() // 4))
+
+
 def buffer_of(dtype: torch.dtype, size: int, generator: torch.Generator) -> torch.Tensor:
     """`size` bytes of weights: random ones, repeated every 64 MiB or so."""
     import torch
@@ -153,11 +153,35 @@ def buffer_of(dtype: torch.dtype, size: int, generator: torch.Generator) -> torc
     return buffer
 
 
+class Ceiling:
+    """What the memory gives: CEILING_BYTES read in every known way, once a round of the measurement it judges."""
+
+    def __init__(self, reads: dict[str, Callable[[], Any]]) -> None:
+        self._reads = reads
+        self._rates: dict[str, list[float]] = {how: [] for how in reads}
+
+    def read(self, seconds: Callable[[Callable[[], Any]], float] | None = None) -> None:
+        """One round; `seconds` times a call."""
+        for how, run in self._reads.items():
+            self._rates[how].append(CEILING_BYTES / (seconds or seconds_of)(run) / 1e9)
+
+    @property
+    def gb_per_s(self) -> float:
+        """The median of the fastest way."""
+        return max(record.quartiles(rates)[1] for rates in self._rates.values())
+
+    def as_json(self) -> dict[str, Any]:
+        reads = {how: record.quartiles(rates) for how, rates in self._rates.items()}
+        return {"ceiling_gb_per_s": self.gb_per_s, "reads_gb_per_s": reads}
+
+
 def reads_of(buffer: torch.Tensor, native: Any) -> dict[str, Callable[[], Any]]:
     """Ways to read the first CEILING_BYTES of the buffer: the fastest is the memory's ceiling."""
     import torch
 
     data = buffer.view(torch.uint8)[:CEILING_BYTES].view(torch.float32)
+    if native is None:
+        return {"torch.sum": data.sum}
     checksum = torch.empty(1, dtype=torch.int64)
     return {"torch.sum": data.sum, "native read": lambda: native.read(data, checksum)}
 

@@ -13,7 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "converters", "runtime", "bench")
 CONTRACT = {"errors", "compact", "families"}
 # A root module that only holds a part of another lives in that one's room.
-SAME_ROOM = {"compact_writer": "compact", "durable": "compact", "spec": "families", "terminal": "cli"}
+SAME_ROOM = {
+    "compact_writer": "compact",
+    "durable": "compact",
+    "spec": "families",
+    "terminal": "cli",
+    "kernels_cli": "cli",
+}
 MAY_IMPORT = {
     "errors": set(),
     "families": {"errors"},
@@ -33,7 +39,7 @@ ONLY_IN = {
     "triton": {"kernels", "bench"},
     "transformers": {"converters", "runtime/text.py", "hf.py", "bench"},
     "gguf": {"converters", "bench/llama_cpp.py"},
-    "typer": {"cli.py"},
+    "typer": {"cli.py", "kernels_cli.py"},
     "rich": {"terminal.py"},
     "matplotlib": {"bench"},
 }

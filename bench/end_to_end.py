@@ -55,9 +55,7 @@ def compare(
         theirs = stack.enter_context(_opened(against, path, llm, prompt_tokens + new_tokens))
         agreement = check(ours, theirs, prompt, new_tokens)
         pairs = [(ours.once(prompt, new_tokens), theirs.once(prompt, new_tokens)) for _ in range(rounds)]
-    decode = _sides(theirs.name, pairs, lambda timed: timed.rate)
-    weight_bytes, ceiling = _bytes_per_token(llm, path), _ceiling(llm.model.device)
-    rate = weight_bytes * decode["pared"][1] / 1e9
+    promise = _bytes_per_token(theirs.llm, against) / _bytes_per_token(llm, path) if isinstance(theirs, Pared) else None
     return {
         **record.circumstances(),
         "last_level_cache_bytes": last_level_cache(),
@@ -71,12 +69,21 @@ def compare(
         "new_tokens": new_tokens,
         "agreement": agreement,
         "fallbacks": {" ".join(key): count for key, count in FALLBACKS.items()},
+        "bytes_promise": promise,
+        "prefill_tokens_per_second": _sides(theirs.name, pairs, lambda timed: len(prompt) / timed.first),
+        **_decode(llm, path, _sides(theirs.name, pairs, lambda timed: timed.rate)),
+    }
+
+
+def _decode(llm: Any, path: Path, sides: dict[str, list[float]]) -> dict[str, Any]:
+    """Decode rates, and what they mean in bytes against what memory gives at this moment."""
+    weight_bytes, ceiling = _bytes_per_token(llm, path), _ceiling(llm.model.device)
+    rate = weight_bytes * sides["pared"][1] / 1e9
+    return {
+        "decode_tokens_per_second": sides,
         "bytes_per_token": weight_bytes,
         "gb_per_s": rate,
         "percent_of_ceiling": None if ceiling is None else 100 * rate / ceiling,
-        "bytes_promise": _bytes_per_token(theirs.llm, against) / weight_bytes if isinstance(theirs, Pared) else None,
-        "prefill_tokens_per_second": _sides(theirs.name, pairs, lambda timed: len(prompt) / timed.first),
-        "decode_tokens_per_second": decode,
     }
 
 

@@ -13,7 +13,16 @@ from setuptools.command.build_py import build_py
 
 PKG = "pared"
 ROOT = Path(__file__).resolve().parent
-FOLDERS = ("runtime", "kernels", "kernels/native", "converters", "converters/sources", "converters/methods", "bench", "bench/gpu")
+FOLDERS = (
+    "runtime",
+    "kernels",
+    "kernels/native",
+    "converters",
+    "converters/sources",
+    "converters/methods",
+    "bench",
+    "bench/gpu",
+)
 NOT_SHIPPED = {"setup", "conftest"}  # the root is the package, so its own tooling has to be kept out by name
 
 

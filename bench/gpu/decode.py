@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from ... import families
 from ...compact import UnitEntry
 from ...converters.groups import kinds, runs
-from ...converters.low_rank import rank
+from ...converters.low_rank import pivoted_rank, rank
 from ...errors import KernelError
 from ...kernels import dense, dispatch, shared_basis
 from ...runtime import accounting
@@ -65,10 +66,29 @@ class RandomFolder:
         return torch.randn(shape, dtype=torch.float32, device=on).mul_(shape[1] ** -0.5).to(dtype)
 
 
-def random_decoder(spec: Spec, ratio: int, setting: Setting) -> Decoder:
-    """A decoder of random weights; ratio: compression in percent of pivoted bases in groups of two, 0 for dense."""
+@dataclass(frozen=True)
+class Bases:
+    """Pivoted bases for all linears: compression in percent, layers that share one, and the rule of the ranks."""
+
+    percent: float
+    group: int = GROUP
+    ranks: str = "paper"
+
+    def rank(self, n: int, k: int, size: int) -> int:
+        """The rank of a group of `size` linears [n, k]."""
+        return (rank if self.ranks == "paper" else pivoted_rank)(self.percent / 100, n, k, size)
+
+    def __str__(self) -> str:
+        return f"pivoted {self.percent:g} %"
+
+
+def random_decoder(spec: Spec, bases: Bases | None, setting: Setting) -> Decoder:
+    """A decoder of random weights over `bases`, dense without them."""
     shapes: dict[str, tuple[int, ...]] = {}
-    units = [*_groups(spec, ratio, shapes)] if ratio else []
+    units = [*_groups(spec, bases, shapes)] if bases else []
+    if spec.tied:
+        head = {spec.names.head: (spec.vocab, spec.embed_dim)}
+        units.append(UnitEntry(dense.NAME, dense.VERSION, head, {"weight": f"{spec.names.embed}.weight"}))
     served = {path for unit in units for path in unit.modules}
     for path, linear in spec.linears().items():
         if path not in served:
@@ -79,15 +99,15 @@ def random_decoder(spec: Spec, ratio: int, setting: Setting) -> Decoder:
     return Decoder(spec, _Loading(folder, spec, setting.device, setting.dtype).weights())
 
 
-def _groups(spec: Spec, ratio: int, shapes: dict[str, tuple[int, ...]]) -> Iterator[UnitEntry]:
+def _groups(spec: Spec, bases: Bases, shapes: dict[str, tuple[int, ...]]) -> Iterator[UnitEntry]:
     """The shared bases of every layer by the paper's rules; adds their tensors' shapes to `shapes`."""
     linears = spec.linears()
-    for run in runs(spec, GROUP):
+    for run in runs(spec, bases.group):
         for kind in kinds(spec):
             for group in run.groups(spec, kind, kind.shared):
                 first = group.paths[0]
                 n, k = linears[first].n, linears[first].k
-                r = rank(ratio / 100, n, k, group.size)
+                r = bases.rank(n, k, group.size)
                 names = {"basis": f"{first}.basis", "pivots": f"{first}.pivots"}
                 names |= {f"coefficients.{path}": f"{path}.coefficients" for path in group.paths}
                 shapes |= {names["basis"]: (r, k - r), names["pivots"]: (r, k)}
@@ -101,9 +121,9 @@ def _groups(spec: Spec, ratio: int, shapes: dict[str, tuple[int, ...]]) -> Itera
 class Subject:
     """A model with its cache, and the tokens of one sequence whose last one is to be decoded."""
 
-    def __init__(self, spec: Spec, ratio: int, setting: Setting) -> None:
-        self.form, self.setting, self.spec = f"pivoted {ratio} %" if ratio else dense.NAME, setting, spec
-        self.decoder = random_decoder(spec, ratio, setting)
+    def __init__(self, spec: Spec, bases: Bases | None, setting: Setting) -> None:
+        self.form, self.setting, self.spec = str(bases or dense.NAME), setting, spec
+        self.decoder = random_decoder(spec, bases, setting)
         self.modes: dict[str, Model] = {"eager": self.decoder, "recorded": GraphedDecoder(self.decoder)}
         self.limit = setting.context + setting.tokens + 2
         blocks, heads = 2 + self.limit // PAGE, [layer.kv_heads for layer in spec.layers]
@@ -201,8 +221,8 @@ def run(part: Part, setting: Setting, model: str) -> None:
     part.note(model=model, ceiling_gb_per_s=ceiling, context=setting.context, generated=setting.tokens)
     spec = families.read(setting.config(model))
     subjects: dict[str, Subject] = {}
-    for ratio in (0, *RATIOS):
-        subject = Subject(spec, ratio, setting)
+    for bases in (None, *map(Bases, RATIOS)):
+        subject = Subject(spec, bases, setting)
         try:
             checked = subject.check()
         except Exception as error:  # one broken form must not take the others' numbers along

@@ -22,7 +22,7 @@ ROUNDS = 3
 def run(part: Part, setting: Setting) -> None:
     """One row a side, dense weights; the compiled side comes last, since compiling it may outlast the budget."""
     config = setting.config(MODEL)
-    subject = Subject(families.read(config), 0, setting)
+    subject = Subject(families.read(config), None, setting)
     checked = subject.check()
     theirs = same_weights(subject, config)
     ids = torch.tensor([subject.tokens], device=setting.device)

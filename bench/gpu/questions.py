@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 
 from ...errors import KernelError
 from ...kernels import tuning
@@ -90,7 +91,7 @@ def ell(part: Part, setting: Setting) -> None:
     truth = (values.double() * x.double()[columns]).sum(1)
     _check("row-lane ELL", out.double().sum(0), truth, setting)
     nbytes = sum(t.nbytes for t in packed)
-    copies = [[t.clone() for t in packed] for _ in range(-(-setting.rotated // nbytes))]
+    copies = [[t.clone() for t in packed] for _ in range(triton.cdiv(setting.rotated, nbytes))]
     seconds = _rates(part, {"row-lane ELL": [_ell_call(x, tensors) for tensors in copies]}, nbytes, n * k, setting)
     part.note(integer_ops_per_weight=integer_ops(kernel), seconds_per_call=record.quartiles(seconds["row-lane ELL"]))
 
@@ -136,7 +137,7 @@ def gather(part: Part, setting: Setting) -> None:
     truth = (values.double() * x.double()[columns]).sum(1)
     _check("tl.gather", triton_probes.expand(x, values, bits).double(), truth, setting)
     nbytes = values.nbytes + bits.nbytes
-    copies = [(values.clone(), bits.clone()) for _ in range(-(-setting.rotated // nbytes))]
+    copies = [(values.clone(), bits.clone()) for _ in range(triton.cdiv(setting.rotated, nbytes))]
     sides = {
         name: [_expand_call(x, *tensors, name == "tl.gather") for tensors in copies]
         for name in ("tl.gather", "without placing")
@@ -153,7 +154,7 @@ def _rates(
 ) -> dict[str, list[float]]:
     """A row for each side: its own bytes, and what a dense matrix of 2-byte weights would have read in that time."""
     ceiling = ceilings.ceiling(setting)
-    repeats = {name: -(-setting.recorded // (nbytes * len(calls))) for name, calls in sides.items()}
+    repeats = {name: triton.cdiv(setting.recorded, nbytes * len(calls)) for name, calls in sides.items()}
     runs = {name: Recorded(calls * repeats[name], setting.device) for name, calls in sides.items()}
     seconds = in_turns(runs, setting.rounds)
     for name, taken in seconds.items():

@@ -35,16 +35,14 @@ def measure(keys: list[str], rounds: int, context: int = 128, tokens: int = 48) 
     import torch
 
     from .. import families
-    from .gpu.decode import Bases, Subject
+    from .gpu.decode import Subject
     from .gpu.setting import Setting
 
     setting = Setting(False, torch.device("cpu"), torch.bfloat16, 1, 1, rounds, context, tokens, rows=())
     result, rows = record.circumstances(), quality_rows()
     spec, subjects = families.read(CONFIG), dict[str, Subject]()
     for key in (DENSE, *keys):
-        given = rows[key].get("settings", {})
-        bases = Bases(given["ratio"], given["group"], given.get("ranks", "paper")) if given else None
-        subjects[key] = Subject(spec, bases, setting)
+        subjects[key] = Subject(spec, _bases(rows[key].get("settings")), setting)
         subjects[key].check()
     speeds: dict[str, list[float]] = {key: [] for key in subjects}
     generator = torch.Generator().manual_seed(0)
@@ -69,6 +67,13 @@ def measure(keys: list[str], rounds: int, context: int = 128, tokens: int = 48) 
             for key, subject in subjects.items()
         },
     }
+
+
+def _bases(settings: dict[str, Any] | None) -> Any:
+    """The bases of a quality row, None for the dense one."""
+    from .gpu.decode import Bases
+
+    return Bases(settings["ratio"], settings["group"], settings.get("ranks", "paper")) if settings else None
 
 
 def quality_rows() -> dict[str, Any]:

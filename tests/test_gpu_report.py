@@ -63,6 +63,7 @@ def test_nothing_of_a_dry_run_passes_for_a_measurement(dry: Path, data: dict) ->
     assert text.startswith("# GPU report (DRY RUN")
     assert all(f"## {name} (dry)" in text for name in data["stages"])
     assert str(ROOT) not in text + json.dumps(data)
+    assert {row["state"] for row in targets.judge(data)} == {"not measured"}
     refused = bare("--dry")
     assert refused.returncode == 2
     assert "never writes to bench/results" in refused.stderr
@@ -143,6 +144,17 @@ def test_no_time_for_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "our error is" in rows["dense"]["failed"]
     assert "time_us" not in rows["dense"]
     assert "time_us" in rows[layers.TORCH]
+
+
+def test_a_baseline_is_never_refused_for_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS may add partial sums in 16 bits: that is how far from the truth torch is, and what it is timed with."""
+    honest = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: honest(x, w, b) * 1.01)
+    sides = layers.sides_of((layers.TORCH,), (dense,))
+    rows = {row["side"]: row for row in layers.measure_sets([[layers.lone(64, 64)]], 1, sides, setting(True), 1.0)}
+    assert "time_us" in rows[layers.TORCH]
+    assert rows[layers.TORCH]["error_rms"]["ours"] > 1e-3
+    assert "time_us" in rows["dense"]
 
 
 def test_a_format_that_no_form_fits_is_named() -> None:

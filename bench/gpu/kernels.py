@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import time
+
+import torch
+
 from ...kernels import dense, formats
 from . import ceilings
-from .layers import TORCH, Sets, layer_of, lone, measure_sets, sides_of
+from .layers import TORCH, Layer, Sets, layer_of, lone, measure_sets, sides_of
 from .report import Part
 from .setting import MODELS, Setting
+
+
+def compile_all(part: Part, setting: Setting) -> None:
+    """Compile what the other stages launch, on all cores at once: Triton keeps it on disk, and they find it there."""
+    tasks = [(setting, model, m) for m in setting.rows for model in MODELS]
+    workers = min(len(tasks), max(2, (os.cpu_count() or 2) * 3 // 4))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for model, m, seconds in pool.imap_unordered(_compile, tasks):
+            part.row(model=model, m=m, seconds=seconds)
+
+
+def _compile(task: tuple[Setting, str, int]) -> tuple[str, int, float]:
+    setting, model, m = task
+    start = time.monotonic()
+    sets = layer_of(setting.config(model))
+    with torch.no_grad():
+        for side in sides_of((), formats.FORMATS):
+            with contextlib.suppress(Exception):  # whoever measures it will report it
+                for call in Layer(side, sets, m, setting).calls():
+                    call()
+    return model, m, time.monotonic() - start
 
 
 def table(part: Part, setting: Setting) -> None:

@@ -26,7 +26,7 @@ class Target:
     def judge(self, data: Data) -> dict[str, Any]:
         """The target as a row of the report."""
         value = self.value(data)
-        if value is None:
+        if value is None or data["dry"]:
             state = UNMEASURED
         else:
             state = REACHED if (value <= self.target if self.most else value >= self.target) else MISSED

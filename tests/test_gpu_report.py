@@ -164,6 +164,19 @@ def test_a_format_that_no_form_fits_is_named() -> None:
     assert all(layers.format_sides(module) for module in formats.FORMATS)
 
 
+def test_a_new_format_appears_in_the_forms_that_it_fits() -> None:
+    """Sparse formats will find these: half of every four inputs, and half of every row."""
+
+    def halves(unit: object) -> str | None:
+        weight = unit.tensors.get("weight")
+        return None if weight is not None and (weight.view(-1, 4) != 0).sum(1).eq(2).all() else "not 2:4"
+
+    sides = layers.format_sides(SimpleNamespace(NAME="two_four", fits=halves))
+    assert [side.name for side in sides] == ["two_four 2:4"]
+    row = layers.FORMS["half zero"](layers.lone(6, 32), torch.device("cpu"), torch.float32).tensors["weight"]
+    assert (row != 0).sum(1).tolist() == [16] * 6
+
+
 def report_of(tmp_path: Path, state: str, *rows: dict) -> dict:
     report = Report(tmp_path / "report.json")
     report.begin(dry=False, names=["sweep"], keep=False)

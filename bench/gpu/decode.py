@@ -230,41 +230,36 @@ def run(part: Part, setting: Setting, model: str) -> None:
             continue
         subjects[subject.form] = subject
         part.note(**{subject.form: {"check": checked, **_counts(subject)}})
-    for row in rates(subjects, setting, ceiling):
-        part.row(**row)
+    for mode in ("recorded", "eager"):
+        for row in rates(subjects, mode, setting, ceiling):
+            part.row(**row)
 
 
-def rates(subjects: dict[str, Subject], setting: Setting, ceiling: float) -> Iterator[dict[str, Any]]:
-    """A row for every subject and mode."""
-    rounds = 2 if setting.dry else 5
-    keys = [(form, mode) for form, subject in subjects.items() for mode in subject.modes]
-    speeds: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
-    steps: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+def rates(subjects: dict[str, Subject], mode: str, setting: Setting, ceiling: float) -> Iterator[dict[str, Any]]:
+    """A row for every subject, which take turns; the first turn is warm-up."""
+    forms, rounds = list(subjects), 2 if setting.dry else 4
+    speeds: dict[str, list[float]] = {form: [] for form in forms}
+    steps: dict[str, list[float]] = {form: [] for form in forms}
     for turn in range(rounds + 1):
-        for form, mode in keys if turn % 2 else reversed(keys):
+        for form in forms if turn % 2 else reversed(forms):
             speed, step = subjects[form].tokens_per_second(mode), subjects[form].step_seconds(mode)
             if turn:
-                speeds[form, mode].append(speed)
-                steps[form, mode].append(step)
-    for form, mode in keys:
+                speeds[form].append(speed)
+                steps[form].append(step)
+    for form in forms:
         nbytes = subjects[form].weight_bytes()
-        rate = record.quartiles(speeds[form, mode])[1] * nbytes / 1e9
+        rate = record.quartiles(speeds[form])[1] * nbytes / 1e9
+        base = speeds.get(dense.NAME)
         yield {
             "form": form,
             "mode": mode,
-            "tokens_per_second": record.quartiles(speeds[form, mode]),
-            "step_us": [1e6 * s for s in record.quartiles(steps[form, mode])],
+            "tokens_per_second": record.quartiles(speeds[form]),
+            "step_us": [1e6 * s for s in record.quartiles(steps[form])],
             "bytes_per_token": nbytes,
             "kv_bytes": subjects[form].kv_bytes(),
             "gb_per_s": rate,
             "percent_of_ceiling": 100 * rate / ceiling,
-            **_to_dense(speeds, form, mode),
-        }
-
-
-def _to_dense(speeds: dict[tuple[str, str], list[float]], form: str, mode: str) -> dict[str, Any]:
-    base = speeds.get((dense.NAME, mode))
-    return {} if base is None else {"ratio_to_dense": record.ratios(base, speeds[form, mode])}
+        } | ({"ratio_to_dense": record.ratios(base, speeds[form])} if base else {})
 
 
 def _counts(subject: Subject) -> dict[str, Any]:

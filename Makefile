@@ -16,7 +16,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER PIP_RE
 export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test lint bench bench-suites plots gpu-report clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,9 @@ help:
 	@echo "make test   formatting, lint, types and every test"
 	@echo "make lint   formatting, lint and types only"
 	@echo "make bench  this machine's kernels and decoding against torch and transformers"
+	@echo "make bench-suites  every format at every number of rows, as pytest-benchmark's JSON in .benchmarks/"
+	@echo "make plots  the pictures of bench/results/plots from the JSON beside them"
+	@echo "make gpu-report  tests and measurements of this machine's GPU, one JSON, nine minutes"
 	@echo "make clean  remove what was built, converted and cached (.venv and .data/*.whl stay)"
 
 demo: $(READY) $(TEXTS)
@@ -41,6 +44,16 @@ bench: $(READY) $(TEXTS)
 	$(BIN)/python -m pared.bench.cpu_linear
 	$(BIN)/python -m pared.bench.cpu_formats
 	$(BIN)/python -m pared.bench.end_to_end demo/smollm2
+
+bench-suites: $(READY) $(TEXTS)
+	@mkdir -p .benchmarks
+	$(BIN)/pytest bench/suites --benchmark-json=.benchmarks/suites.json
+
+plots: $(READY)
+	$(BIN)/python -m pared.bench.plots
+
+gpu-report: $(READY)
+	$(BIN)/python -m pared.bench.gpu_report
 
 $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

@@ -13,7 +13,16 @@ from setuptools.command.build_py import build_py
 
 PKG = "pared"
 ROOT = Path(__file__).resolve().parent
-FOLDERS = ("runtime", "kernels", "kernels/native", "converters", "converters/sources", "converters/methods", "bench")
+FOLDERS = (
+    "runtime",
+    "kernels",
+    "kernels/native",
+    "converters",
+    "converters/sources",
+    "converters/methods",
+    "bench",
+    "bench/gpu",
+)
 NOT_SHIPPED = {"setup", "conftest"}  # the root is the package, so its own tooling has to be kept out by name
 
 
@@ -75,7 +84,7 @@ TEST = [
     "numpy<2.4",  # the interpreter of triton 3.6 fails with newer ones
     "triton>=3.6; sys_platform == 'linux'",
 ]
-BENCH = ["matplotlib>=3.9"]
+BENCH = ["matplotlib>=3.9", "pytest>=8.4", "pytest-benchmark>=5.1"]
 
 setup(
     name=PKG,

@@ -48,9 +48,10 @@ LINES_ELSEWHERE, FUNCTION_LINES, KERNEL_LINES = 300, 40, 80
 
 
 def sources() -> list[Path]:
-    """Every module of the package, the tests and setup.py left out."""
+    """Every module of the package; setup.py, the tests and bench/suites, which pytest collects as well, left out."""
     root = [path for path in ROOT.glob("*.py") if path.name != "setup.py"]
-    return sorted([*root, *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
+    rooms = (path for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.parent.name != "suites")
+    return sorted([*root, *rooms])
 
 
 def name(path: Path) -> str:

@@ -1,0 +1,264 @@
+"""Layers of linears in every form that the formats give them, beside cuBLAS, over cold weights.
+
+`FORMS` are ways to make a unit of random weights; a format is measured in every form that it fits, so a new format
+appears here by itself. No time is given for a side whose result is not as near to the unrounded one as plain torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ... import families
+from ...converters.groups import kinds, runs
+from ...converters.low_rank import rank
+from ...errors import KernelError
+from ...kernels import dense, formats, int8, shared_basis
+from ...kernels.unit import Packed, Prepared, Unit
+from .. import record
+from .setting import GROUP, RATIOS, Setting
+from .timing import Call, Recorded, in_turns, microseconds
+
+TORCH, TWICE = "F.linear", "F.linear twice"
+
+
+@dataclass(frozen=True)
+class Module:
+    """A linear [n, k], and the rank that it has at each ratio of compression."""
+
+    path: str
+    n: int
+    k: int
+    ranks: dict[int, int]
+
+
+Sets = Sequence[Sequence[Module]]
+Make = Callable[[Module, torch.device, torch.dtype], Unit]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is timed: `format` is None where torch alone runs. Baselines are what others are compared with."""
+
+    name: str
+    format: ModuleType | None
+    make: Make
+
+    @property
+    def baseline(self) -> bool:
+        return self.name in (TORCH, dense.NAME)
+
+
+# --- shapes --------------------------------------------------------------------------------------
+
+
+def layer_of(config: dict[str, Any]) -> list[list[Module]]:
+    """The first layer's linears, those with one input together, ranked by the paper's rules for groups of two."""
+    spec = families.read(config)
+    found = {}
+    for kind in kinds(spec):
+        group = runs(spec, GROUP)[0].groups(spec, kind, kind.shared)[0]
+        linear = spec.linears()[group.paths[0]]
+        found[kind.name] = lone(linear.n, linear.k, kind.name, group.size)
+    names = spec.names
+    return [[found[name] for name in each] for each in (names.qkv, (names.out,), names.ffn_in, (names.ffn_out,))]
+
+
+def lone(n: int, k: int, path: str = "m", size: int = 1) -> Module:
+    """One linear; size: modules that would share its basis."""
+    return Module(path, n, k, {ratio: rank(ratio / 100, n, k, size) for ratio in RATIOS})
+
+
+# --- forms ---------------------------------------------------------------------------------------
+
+
+def _random(n: int, k: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(n, k, device=device, dtype=torch.float32).mul_(k**-0.5).to(dtype)
+
+
+def _full(module: Module, device: torch.device, dtype: torch.dtype) -> Unit:
+    weight = _random(module.n, module.k, device, dtype)
+    return Unit({module.path: (module.n, module.k)}, {"weight": weight})
+
+
+def _half(run: int) -> Make:
+    """Half of the weights zero: half of every `run` inputs, of a whole row if 0."""
+
+    def make(module: Module, device: torch.device, dtype: torch.dtype) -> Unit:
+        unit = _full(module, device, dtype)
+        pieces = unit.tensors["weight"].view(module.n, -1, run or module.k)
+        dropped = pieces.abs().topk(pieces.shape[2] // 2, dim=2, largest=False).indices
+        return Unit(unit.modules, {"weight": pieces.scatter(2, dropped, 0).view(module.n, module.k)})
+
+    return make
+
+
+def _basis(ratio: int, pivoted: bool) -> Make:
+    def make(module: Module, device: torch.device, dtype: torch.dtype) -> Unit:
+        (n, k), r = (module.n, module.k), module.ranks[ratio]
+        tensors = {f"coefficients.{module.path}": _random(n, r, device, dtype)}
+        tensors["basis"] = _random(r, k - r if pivoted else k, device, dtype)
+        if pivoted:
+            tensors["pivots"] = torch.randperm(k, device=device)[:r].sort().values.int()
+        return Unit({module.path: (n, k)}, tensors)
+
+    return make
+
+
+def _int8(module: Module, device: torch.device, dtype: torch.dtype) -> Unit:
+    return int8.quantize(_full(module, device, dtype))
+
+
+FORMS: dict[str, Make] = {
+    "rows": _int8,
+    "2:4": _half(4),
+    "half zero": _half(0),
+    **{f"{form} {ratio} %": _basis(ratio, form == "pivoted") for ratio in RATIOS for form in ("pivoted", "factored")},
+}
+
+
+def format_sides(module: ModuleType) -> list[Side]:
+    """One side for each form that a format fits; dense keeps whole weights. Raises LookupError where none fits."""
+    if module is dense:
+        return [Side(dense.NAME, dense, _full)]
+    small = Module("m", 32, 64, dict.fromkeys(RATIOS, 16))
+    device = torch.device("cpu")
+    fitting = [form for form, make in FORMS.items() if module.fits(make(small, device, torch.bfloat16)) is None]
+    if not fitting:
+        raise LookupError(f"no form of bench/gpu/layers.py fits the format {module.NAME}: give it one in FORMS")
+    return [Side(f"{module.NAME} {form}", module, FORMS[form]) for form in fitting]
+
+
+def sides_of(torchs: Sequence[str] = (TORCH, TWICE), modules: Sequence[ModuleType] = ()) -> list[Side]:
+    """Torch's sides, then every form of the formats `modules`."""
+    own = {TORCH: _full, TWICE: FORMS[f"factored {RATIOS[0]} %"]}
+    return [*(Side(name, None, own[name]) for name in torchs), *(s for m in modules for s in format_sides(m))]
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+class Layer:
+    """The sets of one side at M rows, packed; `calls` lays them out as the loader would."""
+
+    def __init__(self, side: Side, sets: Sets, m: int, setting: Setting) -> None:
+        self.side = side
+        packer = shared_basis if side.name == TWICE else side.format or dense
+        units = [[side.make(module, setting.device, setting.dtype) for module in modules] for modules in sets]
+        self.packs: list[list[Packed]] = [[packer.encode(unit) for unit in row] for row in units]
+        self.xs = [torch.randn(m, row[0].k, device=setting.device).to(setting.dtype) for row in sets]
+        self.nbytes = sum(packer.traffic(packed, m).weight_bytes for row in self.packs for packed in row)
+
+    def calls(self) -> list[Call]:
+        """One call for each set, on a fresh copy of the weights."""
+        return [self._call(x, [_copy(packed) for packed in row]) for x, row in zip(self.xs, self.packs, strict=True)]
+
+    def _call(self, x: torch.Tensor, row: list[Packed]) -> Call:
+        if self.side.name == TWICE:
+            pairs = [(p.tensors["basis"], p.tensors[f"coefficients.{next(iter(p.modules))}"]) for p in row]
+            return lambda: [F.linear(F.linear(x, basis), coefficients) for basis, coefficients in pairs]
+        if self.side.format is None:
+            weight = torch.cat([packed.tensors["weight"] for packed in row])
+            return lambda: F.linear(x, weight)
+        module = self.side.format
+        parts = _laid_out(module, row, x.device)
+        if len(parts) == 1:
+            return lambda: module.apply(x, *parts[0])
+        return lambda: [module.apply(x, *part) for part in parts]
+
+    def check(self) -> dict[str, float]:
+        """RMS errors against the unrounded result. Raises KernelError if ours is larger than plain torch's."""
+        ours = torch.cat([_flat(call()) for call in self.calls()])
+        own, truth = (self._reference(wide) for wide in (False, True))
+        errors = {"ours": _rms(ours - truth), "torch": _rms(own - truth) * self._excess()}
+        slack = 1e-5 * max(1.0, truth.abs().max().item())
+        if self.side.format is not None and not errors["ours"] <= errors["torch"] + slack:
+            raise KernelError(f"{self.side.name}: our error is {errors['ours']:.3g}, torch's {errors['torch']:.3g}")
+        return errors
+
+    def _excess(self) -> float:
+        """How many times as far from the truth as one rounding F.linear is: cuBLAS may add partial sums in 16 bits."""
+        x, packed = self.xs[0], self.packs[0][0]
+        weight = _random(*next(iter(packed.modules.values())), x.device, x.dtype)
+        truth, own = x.float() @ weight.float().t(), F.linear(x, weight).float()
+        rounding = _rms(truth.to(x.dtype).float() - truth)
+        return max(1.0, _rms(own - truth) / rounding) if rounding else 1.0
+
+    def _reference(self, wide: bool) -> torch.Tensor:
+        results = []
+        for x, row in zip(self.xs, self.packs, strict=True):
+            rows = x.float() if wide else x
+            of_row = [formats.by_name(p.format).reference(rows, p, next(iter(p.modules))) for p in row]
+            results.append(_flat(torch.cat(of_row, dim=1)))
+        return torch.cat(results)
+
+
+def _rms(error: torch.Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+def _flat(y: Any) -> torch.Tensor:
+    """What a call gave, one tensor or several side by side, as one row of fp32."""
+    joined: torch.Tensor = torch.cat(y, dim=1) if isinstance(y, list) else y
+    return joined.float().flatten()
+
+
+def _copy(packed: Packed) -> Packed:
+    return replace(packed, tensors={role: tensor.clone() for role, tensor in packed.tensors.items()})
+
+
+def _laid_out(module: ModuleType, row: list[Packed], device: torch.device) -> list[tuple[Prepared, str]]:
+    parts = [(module.prepare(packed, device), next(iter(packed.modules))) for packed in row]
+    stacked = module.stack(parts) if len(parts) > 1 else None
+    return parts if stacked is None else [(stacked, parts[0][1])]
+
+
+def measure_sets(sets: Sets, m: int, sides: Sequence[Side], setting: Setting, ceiling: float) -> list[dict[str, Any]]:
+    """One row a side: all sets together as one time, quartiles over rounds in which every side had its turn.
+
+    A side that is wrong or cannot run gets its error instead of a time.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Recorded] = {}
+    for side in sides:
+        rows[side.name] = {"side": side.name, "format": side.format.NAME if side.format else "torch", "m": m}
+        try:
+            layer = Layer(side, sets, m, setting)
+            rows[side.name] |= {"bytes": layer.nbytes, "error_rms": layer.check()}
+            runs[side.name] = _recorded(layer, setting)
+        except Exception as error:  # one broken kernel must not take the others' numbers along
+            rows[side.name] |= {"failed": f"{type(error).__name__}: {error}"[:500]}
+    seconds = in_turns(runs, setting.rounds)
+    for name, taken in seconds.items():
+        rows[name] |= _summary(rows[name]["bytes"], [s * len(sets) for s in taken], ceiling)
+    _compare(rows, seconds)
+    return list(rows.values())
+
+
+def _recorded(layer: Layer, setting: Setting) -> Recorded:
+    copies = [layer.calls() for _ in range(-(-setting.rotated // layer.nbytes))]
+    repeats = -(-setting.recorded // (layer.nbytes * len(copies)))
+    calls = [call for _ in range(repeats) for copy in copies for call in copy]
+    return Recorded(calls, setting.device, warm=len(layer.packs))
+
+
+def _summary(nbytes: int, seconds: list[float], ceiling: float) -> dict[str, Any]:
+    rate = nbytes / record.quartiles(seconds)[1] / 1e9
+    return {"time_us": microseconds(seconds), "gb_per_s": rate, "percent_of_ceiling": 100 * rate / ceiling}
+
+
+def _compare(rows: dict[str, dict[str, Any]], seconds: dict[str, list[float]]) -> None:
+    """Add to every row how many times as fast it is as the best dense path, and as cuBLAS: quartiles, pair by pair."""
+    dense_sides = [name for name in (TORCH, dense.NAME) if name in seconds]
+    if not dense_sides:
+        return
+    best = min(dense_sides, key=lambda name: record.quartiles(seconds[name])[1])
+    for name, taken in seconds.items():
+        rows[name] |= {"best_dense": best, "ratio": record.ratios(taken, seconds[best])}
+        if TORCH in seconds:
+            rows[name]["ratio_to_torch"] = record.ratios(taken, seconds[TORCH])

@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [M, D], rows may lie apart -> x / sqrt(mean(x^2) + eps) * weight [D], contiguous."""
-    _check_norm("rms_norm", x, weight)
+    check_norm("rms_norm", x, weight)
     return _RMS_NORM(x, weight, eps)
 
 
@@ -45,7 +45,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual [M, D] contiguous -> (rms_norm(s), s) with s = x + residual, rounded to their dtype."""
-    _check_norm("add_rms_norm", x, weight)
+    check_norm("add_rms_norm", x, weight)
     _check_sum("add_rms_norm", x, residual)
     return _ADD_RMS_NORM(x, residual, weight, eps)
 
@@ -58,7 +58,7 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x [M, D] contiguous -> (x - mean) / sqrt(variance + eps) * weight [D] + bias [D]."""
-    _check_norm("layer_norm", x, weight, bias)
+    check_norm("layer_norm", x, weight, bias)
     if not x.is_contiguous():
         raise ValueError(f"layer_norm wants contiguous x, got {tuple(x.shape)} with strides {x.stride()}")
     return _LAYER_NORM(x, weight, bias, eps)
@@ -73,7 +73,7 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """x, residual [M, D] contiguous -> (layer_norm(s), s) with s = x + residual, rounded to their dtype."""
-    _check_norm("add_layer_norm", x, weight, bias)
+    check_norm("add_layer_norm", x, weight, bias)
     _check_sum("add_layer_norm", x, residual)
     return _ADD_LAYER_NORM(x, residual, weight, bias, eps)
 
@@ -206,7 +206,7 @@ def act_reference(x: Tensor, kind: str) -> Tensor:
     return ACTIVATIONS[kind](x.float()).to(x.dtype)
 
 
-def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     dtypes_fit = x.dtype in library.DTYPES and weight.dtype == torch.float32
     if not dtypes_fit or x.dim() != 2 or x.stride(1) != 1 or weight.shape != x.shape[1:]:
         raise ValueError(

@@ -107,31 +107,7 @@ def rotary_cache(
     dim i with dim i + R / 2, as Hugging Face does (R = 0: none); pools [blocks, page, KV, D];
     slots int64 [T] = block * page + offset, unique but for rows that nobody reads.
     """
-    tokens, half = qkv.shape[0], cos.shape[-1]
-    blocks = k_pool.shape[:2]
-    tensors = (qkv, cos, sin, k_pool, v_pool, slots)
-    shapes: list[tuple[int, ...]] = [(tokens, (heads + 2 * kv_heads) * head_dim), (tokens, half), (tokens, half)]
-    shapes += [(*blocks, kv_heads, head_dim), (*blocks, kv_heads, head_dim), (tokens,)]
-    dtypes = [qkv.dtype, torch.float32, torch.float32, qkv.dtype, qkv.dtype, torch.int64]
-    if (
-        [tensor.shape for tensor in tensors] != shapes
-        or [tensor.dtype for tensor in tensors] != dtypes
-        or qkv.dtype not in library.DTYPES
-        or not all(map(torch.Tensor.is_contiguous, tensors))
-    ):
-        names = ("qkv", "cos", "sin", "k_pool", "v_pool", "slots")
-        rows = zip(names, tensors, shapes, dtypes, strict=True)
-        raise ValueError(
-            "rotary_cache wants contiguous tensors: "
-            + "; ".join(f"{name} {s} of {d}, got {tuple(t.shape)} of {t.dtype}" for name, t, s, d in rows)
-        )
-    if 2 * half > head_dim:
-        raise ValueError(f"rotary_cache cannot rotate {2 * half} of {head_dim} dims")
-    for norm in norms or ():
-        if norm.shape != (head_dim,) or norm.dtype != torch.float32 or not norm.is_contiguous():
-            raise ValueError(
-                f"rotary_cache wants fp32 norm weights [{head_dim}], got {tuple(norm.shape)} of {norm.dtype}"
-            )
+    check_rotary("rotary_cache", qkv, cos, sin, k_pool, v_pool, slots, heads, kv_heads, head_dim, norms)
     return _ROTARY_CACHE(qkv, cos, sin, k_pool, v_pool, slots, heads, *(norms or (None, None)), eps)
 
 
@@ -204,6 +180,45 @@ def act(x: Tensor, kind: str) -> Tensor:
 def act_reference(x: Tensor, kind: str) -> Tensor:
     """`act` in plain torch."""
     return ACTIVATIONS[kind](x.float()).to(x.dtype)
+
+
+def check_rotary(
+    op: str,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    norms: tuple[Tensor, Tensor] | None,
+) -> None:
+    """ValueError where these are not what `rotary_cache` takes."""
+    tokens, half = qkv.shape[0], cos.shape[-1]
+    blocks = k_pool.shape[:2]
+    tensors = (qkv, cos, sin, k_pool, v_pool, slots)
+    shapes: list[tuple[int, ...]] = [(tokens, (heads + 2 * kv_heads) * head_dim), (tokens, half), (tokens, half)]
+    shapes += [(*blocks, kv_heads, head_dim), (*blocks, kv_heads, head_dim), (tokens,)]
+    dtypes = [qkv.dtype, torch.float32, torch.float32, qkv.dtype, qkv.dtype, torch.int64]
+    if (
+        [tensor.shape for tensor in tensors] != shapes
+        or [tensor.dtype for tensor in tensors] != dtypes
+        or qkv.dtype not in library.DTYPES
+        or not all(map(torch.Tensor.is_contiguous, tensors))
+    ):
+        names = ("qkv", "cos", "sin", "k_pool", "v_pool", "slots")
+        rows = zip(names, tensors, shapes, dtypes, strict=True)
+        raise ValueError(
+            f"{op} wants contiguous tensors: "
+            + "; ".join(f"{name} {s} of {d}, got {tuple(t.shape)} of {t.dtype}" for name, t, s, d in rows)
+        )
+    if 2 * half > head_dim:
+        raise ValueError(f"{op} cannot rotate {2 * half} of {head_dim} dims")
+    for norm in norms or ():
+        if norm.shape != (head_dim,) or norm.dtype != torch.float32 or not norm.is_contiguous():
+            raise ValueError(f"{op} wants fp32 norm weights [{head_dim}], got {tuple(norm.shape)} of {norm.dtype}")
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -69,11 +69,12 @@ def _attend_split(
 
     token = qkv_ptr + sequence * (heads + 2 * kv_heads) * HEAD_DIM
     turn = (cos_ptr + sequence * HALF, sin_ptr + sequence * HALF)
-    shape = (NORMED, HEAD_DIM, HALF)
     q_at = token + (kv_head * GROUP + group)[:, None] * HEAD_DIM
-    q = rotate(q_at, own_head, d[None, :], *turn, q_norm_ptr, eps, *shape).to(qkv_ptr.dtype.element_ty)
+    q = rotate(q_at, own_head, d[None, :], *turn, q_norm_ptr, eps, NORMED, HEAD_DIM, HALF)
+    q = q.to(qkv_ptr.dtype.element_ty)
     k_at = token + (heads + kv_head) * HEAD_DIM
-    new_k = rotate(k_at, inside, d[None, :], *turn, k_norm_ptr, eps, *shape).to(qkv_ptr.dtype.element_ty)
+    new_k = rotate(k_at, inside, d[None, :], *turn, k_norm_ptr, eps, NORMED, HEAD_DIM, HALF)
+    new_k = new_k.to(qkv_ptr.dtype.element_ty)
     new_v = tl.load(k_at + kv_heads * HEAD_DIM + d[None, :], mask=inside, other=0.0)
     if stop > position:
         slot = (tl.load(slots_ptr + sequence) * kv_heads + kv_head) * HEAD_DIM + d[None, :]

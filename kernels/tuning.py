@@ -94,12 +94,12 @@ ATTENTION = {
 
 # Attention of a decode step: n keys a step against the heads that share a key head.
 DECODE = {
-    "default": Tile(16, 64, 0, warps=4, stages=2),
+    "default": Tile(16, 32, 0, warps=4, stages=2),
     "interpret": Tile(16, 64, 0, warps=1, stages=1),
 }
 
 MOST_KV_SPLITS = 32
-"""Splits of one sequence's keys: 32 times 64 keys are in flight at once, and the merge reads 16 KiB a head."""
+"""Splits of one sequence: the merge then reads 16 KiB a head."""
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpret": 4, "default": 132}
 """Programs that run at once, at least: a smaller grid leaves part of the machine idle, so K is split."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import attention, formats, fused
+from ..kernels import attention, decode, formats, fused
 from ..kernels.unit import Around, Prepared
 from ..spec import Layer, Spec
 from .batch import Batch
@@ -221,16 +221,13 @@ class Decoder:
         layer, batch, head_dim = block.layer, step.batch, self.spec.head_dim
         qkv, stream = block.qkv.of(norm, stream)
         norms = (block.q_norm.weight, block.k_norm.weight) if block.q_norm and block.k_norm else None
-        turning = (step.cos, step.sin, *pools, batch.slots, layer.heads, layer.kv_heads, head_dim)
-        q = fused.rotary_cache(qkv, *turning, norms, self.spec.norm_eps)  # [T, H, D]
-        seen = attention.paged_attention(
-            q,
-            *pools,
-            batch.query_starts,
-            batch.context_lens,
-            batch.block_tables,
-            batch.max_query,
-            layer.scale,
-            layer.window,
-        )
+        turned = (step.cos, step.sin, *pools, batch.slots)
+        heads = (layer.heads, layer.kv_heads, head_dim)
+        told, how = (batch.context_lens, batch.block_tables), (layer.scale, layer.window)
+        seen = None
+        if batch.max_query == 1:
+            seen = decode.decode(qkv, *turned, *told, *heads, norms, self.spec.norm_eps, *how)
+        if seen is None:
+            q = fused.rotary_cache(qkv, *turned, *heads, norms, self.spec.norm_eps)  # [T, H, D]
+            seen = attention.paged_attention(q, *pools, batch.query_starts, *told, batch.max_query, *how)
         return block.out.onto(stream, seen.view(len(qkv), layer.heads * head_dim))

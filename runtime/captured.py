@@ -7,6 +7,8 @@ before each play; shapes, and so all grids, depend on the bucket and on the widt
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .batch import Batch
@@ -26,17 +28,19 @@ def bucket(size: int) -> int:
 
 def padding(rows: int, width: int, device: torch.device) -> Batch:
     """A batch of `rows` sequences of one token each, none of which anyone waits for; tables of `width` blocks."""
-    long = {"dtype": torch.int64, "device": device}
-    short = {"dtype": torch.int32, "device": device}
+
+    def each(value: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.full((rows,), value, dtype=dtype, device=device)
+
     return Batch(
-        tokens=torch.zeros(rows, **long),
-        positions=torch.zeros(rows, **long),
-        rope_lens=torch.ones(rows, **long),
-        slots=torch.full((rows,), RESERVED_BLOCK, **long),
-        query_starts=torch.arange(rows + 1, **short),
-        context_lens=torch.ones(rows, **short),
-        block_tables=torch.full((rows, width), RESERVED_BLOCK, **short),
-        logit_rows=torch.arange(rows, **long),
+        tokens=each(0),
+        positions=each(0),
+        rope_lens=each(1),
+        slots=each(RESERVED_BLOCK),
+        query_starts=torch.arange(rows + 1, dtype=torch.int32, device=device),
+        context_lens=each(1, torch.int32),
+        block_tables=torch.full((rows, width), RESERVED_BLOCK, dtype=torch.int32, device=device),
+        logit_rows=torch.arange(rows, device=device),
         max_query=1,
     )
 
@@ -59,8 +63,8 @@ def fill(static: Batch, batch: Batch, live: int) -> int:
 class CapturedStep:
     """One graph of `rows` sequences over static inputs. Its logits are overwritten by the next play of any graph."""
 
-    def __init__(self, decoder: Decoder, batch: Batch, cache: KVCache, width: int, pool: tuple[int, int]) -> None:
-        """Captures; `pool`: the memory that graphs share, since they never play at the same time."""
+    def __init__(self, decoder: Decoder, batch: Batch, cache: KVCache, width: int, pool: Any) -> None:
+        """Captures; `pool`: a handle of the memory that graphs share, since they never play at the same time."""
         self.table_width = width
         self._static = padding(bucket(len(batch.tokens)), width, decoder.device)
         self._live = fill(self._static, batch, 0)

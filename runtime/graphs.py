@@ -14,6 +14,7 @@ and all that follow.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class GraphedDecoder:
         self._steps: dict[int, RecordedStep] = {}
         self._graphs: dict[int, CapturedStep] = {}
         self._cache: KVCache | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     @property
     def spec(self) -> Spec:

@@ -95,6 +95,7 @@ ATTENTION = {
 # Attention of a decode step: n keys a step against the heads that share a key head.
 DECODE = {
     "default": Tile(16, 32, 0, warps=4, stages=2),
+    "sm_100": Tile(16, 32, 0, warps=8, stages=2),  # four warps spill there at a head of 80
     "interpret": Tile(16, 64, 0, warps=1, stages=1),
 }
 

@@ -229,7 +229,7 @@ def test_a_linear_streams_weights_as_before_with_what_stands_around_it(built):
         assert kernel.registers <= 80, name
     for name in (name for name in reports if name.startswith("around")):
         for kernel in reports[name]:
-            assert kernel.bytes_an_instruction >= 0.15, (name, kernel)
+            assert kernel.bytes_an_instruction >= 0.1, (name, kernel)  # below, it waits for itself
 
 
 def test_a_decode_step_attends_in_two_launches_or_one(built):

@@ -13,6 +13,10 @@ Paths of `apply`, by the number of rows M:
     CPU   M <= linear_rows    native GEMV (native/library.py, measured by bench/cpu_linear.py)
           M above             F.linear, oneDNN's blocked GEMM
 
+With what stands around it (`apply_around`) a linear on a GPU is still one launch, up to WHOLE_ROWS rows: the GEMM's K
+is then not split. At M > 1 the norm's weight is multiplied into x ahead of 1 / rms, which is known last: fp16
+has too little range for that, and has its norm first.
+
 GPU_ROWS has not been measured on a GPU: 128 is where 128-row tiles still read every weight once.
 Without a compiler or without Triton, F.linear runs at every M and is counted as a fall-back.
 
@@ -22,13 +26,16 @@ can only widen what it has rounded; above GPU_ROWS that has to do, where none bu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from . import around as around_linear
 from . import ops
 from .dispatch import fallback, interpreting
 from .native import library
-from .unit import Packed, Prepared, Traffic, Unit
+from .unit import Around, Packed, Prepared, Traffic, Unit
 
 NAME = "dense"
 VERSION = 1
@@ -36,6 +43,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Rows up to which the Triton kernels run on a GPU. fp32 has no tensor cores at full precision.
 GPU_ROWS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 16}
+
+# Rows up to which they take what stands around a linear; above, a small launch costs each row little.
+WHOLE_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
 
 
 def fits(unit: Unit) -> str | None:
@@ -104,6 +114,15 @@ def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
 def apply(x: torch.Tensor, prepared: Prepared, path: str, wide: bool = False) -> torch.Tensor:
     """x [M, K] contiguous -> y [M, N], or all outputs that were stacked under `path`, side by side; fp32 if wide."""
     return _LINEAR(x, *prepared.tensors, wide)
+
+
+def apply_around(x: torch.Tensor, prepared: Prepared, path: str, around: Around) -> torch.Tensor | None:
+    """`apply` with what stands around it in one launch; None where separate steps have to do it."""
+    if not ops.takes_triton(x) or x.shape[0] > WHOLE_ROWS[x.dtype]:
+        return None
+    if around.norm is not None and x.dtype == torch.float16 and x.shape[0] > 1:
+        return None
+    return _LINEAR_AROUND(x, *prepared.tensors, *around)
 
 
 def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
@@ -198,4 +217,23 @@ _LINEAR = ops.register(
     cpu=_linear_cpu,
     gpu=_linear_gpu,
     fake=_linear_fake,
+)
+
+
+def _around_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *around: Any) -> torch.Tensor:
+    return around_linear.reference(x, lambda normed: F.linear(normed, weight, bias), Around(*around))
+
+
+def _around_gpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *around: Any) -> torch.Tensor:
+    _check(x, weight, bias)
+    around_linear.check("linear_around", x, weight.shape[0], Around(*around))
+    return ops.triton_kernels("dense").linear(x, weight, bias, around=Around(*around))
+
+
+_LINEAR_AROUND = ops.register(
+    "linear_around(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, str? act, Tensor? residual)"
+    " -> Tensor",
+    cpu=_around_cpu,
+    gpu=_around_gpu,
+    fake=lambda x, weight, bias, *around: x.new_empty(x.shape[0], len(weight) // (2 if Around(*around).act else 1)),
 )

@@ -18,6 +18,9 @@ A format file reads in one order: byte layout, encode and decode, reference, lau
                                         x [M, K] -> y [M, sum(prepared.outputs[path])] in x.dtype, bias
                                         included; behind a torch.library op with a fake; chooses its
                                         kernel by named thresholds on M. wide: y in fp32, for the head
+    apply_around(x, prepared, path, around) -> y | None
+                                        `apply` with the norm, activation and residual of `around` (unit.py) in its
+                                        own launches; None where the caller has to take them step by step
     slice(packed, path, dim, start, stop) -> Packed
                                         a shard for tensor parallelism: outputs (dim 0) or inputs (dim 1)
                                         [start, stop) of module `path`; of input shards only the first has the bias

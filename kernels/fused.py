@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [M, D], rows may lie apart -> x / sqrt(mean(x^2) + eps) * weight [D], contiguous."""
-    _check_norm("rms_norm", x, weight)
+    check_norm("rms_norm", x, weight)
     return _RMS_NORM(x, weight, eps)
 
 
@@ -45,7 +45,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual [M, D] contiguous -> (rms_norm(s), s) with s = x + residual, rounded to their dtype."""
-    _check_norm("add_rms_norm", x, weight)
+    check_norm("add_rms_norm", x, weight)
     _check_sum("add_rms_norm", x, residual)
     return _ADD_RMS_NORM(x, residual, weight, eps)
 
@@ -58,7 +58,7 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x [M, D] contiguous -> (x - mean) / sqrt(variance + eps) * weight [D] + bias [D]."""
-    _check_norm("layer_norm", x, weight, bias)
+    check_norm("layer_norm", x, weight, bias)
     if not x.is_contiguous():
         raise ValueError(f"layer_norm wants contiguous x, got {tuple(x.shape)} with strides {x.stride()}")
     return _LAYER_NORM(x, weight, bias, eps)
@@ -73,7 +73,7 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """x, residual [M, D] contiguous -> (layer_norm(s), s) with s = x + residual, rounded to their dtype."""
-    _check_norm("add_layer_norm", x, weight, bias)
+    check_norm("add_layer_norm", x, weight, bias)
     _check_sum("add_layer_norm", x, residual)
     return _ADD_LAYER_NORM(x, residual, weight, bias, eps)
 
@@ -107,31 +107,7 @@ def rotary_cache(
     dim i with dim i + R / 2, as Hugging Face does (R = 0: none); pools [blocks, page, KV, D];
     slots int64 [T] = block * page + offset, unique but for rows that nobody reads.
     """
-    tokens, half = qkv.shape[0], cos.shape[-1]
-    blocks = k_pool.shape[:2]
-    tensors = (qkv, cos, sin, k_pool, v_pool, slots)
-    shapes: list[tuple[int, ...]] = [(tokens, (heads + 2 * kv_heads) * head_dim), (tokens, half), (tokens, half)]
-    shapes += [(*blocks, kv_heads, head_dim), (*blocks, kv_heads, head_dim), (tokens,)]
-    dtypes = [qkv.dtype, torch.float32, torch.float32, qkv.dtype, qkv.dtype, torch.int64]
-    if (
-        [tensor.shape for tensor in tensors] != shapes
-        or [tensor.dtype for tensor in tensors] != dtypes
-        or qkv.dtype not in library.DTYPES
-        or not all(map(torch.Tensor.is_contiguous, tensors))
-    ):
-        names = ("qkv", "cos", "sin", "k_pool", "v_pool", "slots")
-        rows = zip(names, tensors, shapes, dtypes, strict=True)
-        raise ValueError(
-            "rotary_cache wants contiguous tensors: "
-            + "; ".join(f"{name} {s} of {d}, got {tuple(t.shape)} of {t.dtype}" for name, t, s, d in rows)
-        )
-    if 2 * half > head_dim:
-        raise ValueError(f"rotary_cache cannot rotate {2 * half} of {head_dim} dims")
-    for norm in norms or ():
-        if norm.shape != (head_dim,) or norm.dtype != torch.float32 or not norm.is_contiguous():
-            raise ValueError(
-                f"rotary_cache wants fp32 norm weights [{head_dim}], got {tuple(norm.shape)} of {norm.dtype}"
-            )
+    check_rotary("rotary_cache", qkv, cos, sin, k_pool, v_pool, slots, heads, kv_heads, head_dim, norms)
     return _ROTARY_CACHE(qkv, cos, sin, k_pool, v_pool, slots, heads, *(norms or (None, None)), eps)
 
 
@@ -206,7 +182,46 @@ def act_reference(x: Tensor, kind: str) -> Tensor:
     return ACTIVATIONS[kind](x.float()).to(x.dtype)
 
 
-def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+def check_rotary(
+    op: str,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    norms: tuple[Tensor, Tensor] | None,
+) -> None:
+    """ValueError where these are not what `rotary_cache` takes."""
+    tokens, half = qkv.shape[0], cos.shape[-1]
+    blocks = k_pool.shape[:2]
+    tensors = (qkv, cos, sin, k_pool, v_pool, slots)
+    shapes: list[tuple[int, ...]] = [(tokens, (heads + 2 * kv_heads) * head_dim), (tokens, half), (tokens, half)]
+    shapes += [(*blocks, kv_heads, head_dim), (*blocks, kv_heads, head_dim), (tokens,)]
+    dtypes = [qkv.dtype, torch.float32, torch.float32, qkv.dtype, qkv.dtype, torch.int64]
+    if (
+        [tensor.shape for tensor in tensors] != shapes
+        or [tensor.dtype for tensor in tensors] != dtypes
+        or qkv.dtype not in library.DTYPES
+        or not all(map(torch.Tensor.is_contiguous, tensors))
+    ):
+        names = ("qkv", "cos", "sin", "k_pool", "v_pool", "slots")
+        rows = zip(names, tensors, shapes, dtypes, strict=True)
+        raise ValueError(
+            f"{op} wants contiguous tensors: "
+            + "; ".join(f"{name} {s} of {d}, got {tuple(t.shape)} of {t.dtype}" for name, t, s, d in rows)
+        )
+    if 2 * half > head_dim:
+        raise ValueError(f"{op} cannot rotate {2 * half} of {head_dim} dims")
+    for norm in norms or ():
+        if norm.shape != (head_dim,) or norm.dtype != torch.float32 or not norm.is_contiguous():
+            raise ValueError(f"{op} wants fp32 norm weights [{head_dim}], got {tuple(norm.shape)} of {norm.dtype}")
+
+
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     dtypes_fit = x.dtype in library.DTYPES and weight.dtype == torch.float32
     if not dtypes_fit or x.dim() != 2 or x.stride(1) != 1 or weight.shape != x.shape[1:]:
         raise ValueError(

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from . import ops
 from .dispatch import fallback, interpreting
 from .native import library
-from .unit import Packed, Prepared, Traffic, Unit
+from .unit import Around, Packed, Prepared, Traffic, Unit
 
 NAME = "int8"
 VERSION = 1
@@ -104,6 +104,11 @@ def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
 def apply(x: torch.Tensor, prepared: Prepared, path: str, wide: bool = False) -> torch.Tensor:
     """x [M, K] contiguous -> y [M, N], or all outputs that were stacked under `path`, side by side; fp32 if wide."""
     return _INT8_LINEAR(x, *prepared.tensors, wide)
+
+
+def apply_around(x: torch.Tensor, prepared: Prepared, path: str, around: Around) -> torch.Tensor | None:
+    """None: a head has its norm ahead, of few rows, and nothing behind."""
+    return None
 
 
 def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:

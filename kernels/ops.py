@@ -35,3 +35,8 @@ def triton_kernels(family: str) -> Any:
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module(f".triton_{family}", __package__)
+
+
+def takes_triton(x: torch.Tensor) -> bool:
+    """Whether Triton's kernels run on x: on a GPU, or anywhere in the interpreter."""
+    return (x.device.type == "cuda" or interpreting()) and triton_kernels("fused") is not None

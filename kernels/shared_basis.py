@@ -15,7 +15,8 @@ of them, become unit vectors that need not be stored. `rest` are the other colum
     K = 4, R = 2, pivots = (2, 0):   z0 = x2 + T00 x1 + T01 x3
                                      z1 = x0 + T10 x1 + T11 x3
 
-Both steps round to the dtype of x, as two linear layers would.
+Both steps round to the dtype of x, as two linear layers would. With what stands around it (`apply_around`) a basis on a
+GPU still takes its two launches; z then waits unscaled for the 1 / rms of a norm, for which fp16 has too little range.
 
 Paths of `apply`, by the number of rows M:
 
@@ -33,11 +34,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import around as around_linear
 from . import ops
-from .dense import GPU_ROWS
+from .dense import GPU_ROWS, WHOLE_ROWS
 from .dispatch import fallback, interpreting
 from .native import library
-from .unit import Packed, Prepared, Traffic, Unit
+from .unit import Around, Packed, Prepared, Traffic, Unit
 
 NAME = "shared_basis"
 VERSION = 1
@@ -179,6 +181,16 @@ def apply(x: torch.Tensor, prepared: Prepared, path: str, wide: bool = False) ->
     """
     y = _BASIS_LINEAR(x, *_parts(prepared, path))
     return y.float() if wide else y
+
+
+def apply_around(x: torch.Tensor, prepared: Prepared, path: str, around: Around) -> torch.Tensor | None:
+    """`apply` with what stands around it in its two launches; None where separate steps have to do it."""
+    if not ops.takes_triton(x) or x.shape[0] > WHOLE_ROWS[x.dtype]:
+        return None
+    widths = prepared.outputs[path]
+    if (around.norm is not None and x.dtype == torch.float16) or (around.act and widths[::2] != widths[1::2]):
+        return None
+    return _BASIS_AROUND(x, _parts(prepared, path)[0], *around)
 
 
 def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
@@ -355,10 +367,14 @@ def _basis_linear_cpu(x: torch.Tensor, parts: Tensors, words: Sequence[int]) -> 
     return _torch_path(x, parts)
 
 
-def _basis_linear_gpu(x: torch.Tensor, parts: Tensors, words: Sequence[int]) -> torch.Tensor:
+def _check_gpu(x: torch.Tensor, parts: Tensors) -> None:
     inputs = x.shape[-1] if parts[0] is None else len(parts[0])
     _check_input(x, inputs, parts[1].dtype)
     _check_parts(parts, inputs, ALIGN)
+
+
+def _basis_linear_gpu(x: torch.Tensor, parts: Tensors, words: Sequence[int]) -> torch.Tensor:
+    _check_gpu(x, parts)
     kernels = ops.triton_kernels("basis")
     if kernels is None:
         fallback("basis_linear", "Triton is not installed")
@@ -380,4 +396,22 @@ _BASIS_LINEAR = ops.register(
     cpu=_basis_linear_cpu,
     gpu=_basis_linear_gpu,
     fake=_basis_linear_fake,
+)
+
+
+def _around_cpu(x: torch.Tensor, parts: Tensors, *around: Any) -> torch.Tensor:
+    return around_linear.reference(x, lambda normed: _torch_path(normed, parts), Around(*around))
+
+
+def _around_gpu(x: torch.Tensor, parts: Tensors, *around: Any) -> torch.Tensor:
+    _check_gpu(x, parts)
+    around_linear.check("basis_linear_around", x, _width(parts), Around(*around))
+    return ops.triton_kernels("basis").basis_linear(x, *_columns(parts), Around(*around))
+
+
+_BASIS_AROUND = ops.register(
+    "basis_linear_around(Tensor x, Tensor?[] parts, Tensor? norm, float eps, str? act, Tensor? residual) -> Tensor",
+    cpu=_around_cpu,
+    gpu=_around_gpu,
+    fake=lambda x, parts, *around: x.new_empty(x.shape[0], _width(parts) // (2 if Around(*around).act else 1)),
 )

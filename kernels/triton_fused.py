@@ -64,6 +64,37 @@ def _layer_norm(
 
 
 @triton.jit
+def rotate(
+    head_ptr,
+    mask,
+    d,
+    cos_ptr,
+    sin_ptr,
+    norm_ptr,
+    eps,
+    NORMED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Dims d [1, BLOCK] of heads [rows, 1] or of one head, normed and turned by one token's angles: fp32 [rows, BLOCK].
+
+    Dim i turns with dim i + HALF: (a, b) -> (a cos - b sin, b cos + a sin).
+    """
+    rotated, inside = d < 2 * HALF, mask & (d < HEAD_DIM)
+    other = tl.where(d < HALF, d + HALF, d - HALF)
+    x = tl.load(head_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    partner = tl.load(head_ptr + other, mask=inside & rotated, other=0.0).to(tl.float32)
+    if NORMED:
+        scale = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps))[:, None]
+        x *= scale * tl.load(norm_ptr + d, mask=d < HEAD_DIM, other=0.0)
+        partner *= scale * tl.load(norm_ptr + other, mask=rotated, other=0.0)
+    angle = tl.where(d < HALF, d, d - HALF)
+    cos = tl.load(cos_ptr + angle, mask=rotated, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=rotated, other=0.0)
+    return x * cos + partner * tl.where(d < HALF, -sin, sin)
+
+
+@triton.jit
 def _rotary_cache(
     qkv_ptr,
     cos_ptr,
@@ -84,29 +115,17 @@ def _rotary_cache(
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    d = tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK)[None, :]
     inside = d < HEAD_DIM
     source = qkv_ptr + (token * (heads + 2 * kv_heads) + head) * HEAD_DIM
-    x = tl.load(source + d, mask=inside, other=0.0)
     slot = tl.load(slots_ptr + token) * kv_heads
     if head >= heads + kv_heads:
+        x = tl.load(source + d, mask=inside, other=0.0)
         tl.store(v_pool_ptr + (slot + head - heads - kv_heads) * HEAD_DIM + d, x, mask=inside)
     else:
-        rotated = d < 2 * HALF
-        # Dim i turns with dim i + HALF: (a, b) -> (a cos - b sin, b cos + a sin).
-        other = tl.where(d < HALF, d + HALF, d - HALF)
-        partner = tl.load(source + other, mask=rotated, other=0.0).to(tl.float32)
-        x = x.to(tl.float32)
-        if NORMED:
-            scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HEAD_DIM + eps)
-            norm_ptr = q_norm_ptr if head < heads else k_norm_ptr
-            x *= scale * tl.load(norm_ptr + d, mask=inside, other=0.0)
-            partner *= scale * tl.load(norm_ptr + other, mask=rotated, other=0.0)
-        angle = token * HALF + tl.where(d < HALF, d, d - HALF)
-        cos = tl.load(cos_ptr + angle, mask=rotated, other=1.0)
-        sin = tl.load(sin_ptr + angle, mask=rotated, other=0.0)
-        turned = x * cos + partner * tl.where(d < HALF, -sin, sin)
-        y = turned.to(q_ptr.dtype.element_ty)
+        turn = (cos_ptr + token * HALF, sin_ptr + token * HALF)
+        norm_ptr = q_norm_ptr if head < heads else k_norm_ptr
+        y = rotate(source, inside, d, *turn, norm_ptr, eps, NORMED, HEAD_DIM, HALF).to(q_ptr.dtype.element_ty)
         if head < heads:
             tl.store(q_ptr + (token * heads + head) * HEAD_DIM + d, y, mask=inside)
         else:
@@ -114,7 +133,7 @@ def _rotary_cache(
 
 
 @triton.jit
-def _activate(x, KIND: tl.constexpr):
+def activate(x, KIND: tl.constexpr):
     """act(x) for fp32 x. 0.5 (1 + tanh(u)) is written as sigmoid(2 u), the same function."""
     if KIND == "silu":
         return x * tl.sigmoid(x)
@@ -132,7 +151,7 @@ def _act(x_ptr, y_ptr, size, F, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: 
     inside = at < size
     # In gate | up of F columns each, element i of row r has its gate at 2 F r + i and its up F further.
     gate = at + (at // F) * F if GATED else at
-    y = _activate(tl.load(x_ptr + gate, mask=inside, other=0.0).to(tl.float32), KIND)
+    y = activate(tl.load(x_ptr + gate, mask=inside, other=0.0).to(tl.float32), KIND)
     if GATED:
         y *= tl.load(x_ptr + gate + F, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -51,6 +51,22 @@ GEMM = {
     "interpret": (Tile(16, 256, 256, warps=1, stages=1), Tile(128, 256, 256, warps=1, stages=1)),
 }
 
+# M > 1 in one launch with what stands around the linear, where K cannot be cut: of the tiles with the smallest m >= M
+# the first that fills the machine, else the last. Gate and up share its n, down to 16 each.
+WHOLE_GEMM = {
+    "default": (
+        Tile(16, 32, 128, warps=4, stages=4),
+        Tile(16, 16, 256, warps=4, stages=4),
+        Tile(64, 32, 64, warps=4, stages=4),
+    ),
+    "gfx942": (
+        Tile(16, 32, 128, warps=4, stages=2),
+        Tile(16, 16, 256, warps=4, stages=2),
+        Tile(64, 32, 128, warps=4, stages=2),
+    ),
+    "interpret": (Tile(64, 512, 256, warps=1, stages=1),),
+}
+
 # Both launches of shared_basis at M = 1, the first tile that fills the machine: its rows are short, so a program takes
 # many of them to be worth its start, and shares what it gathered among them. A program loads one step ahead: 16 KiB.
 _OF_16_ROWS_AND_FEWER = tuple(Tile(1, n, 4096 // n, warps=4, stages=1) for n in (16, 8, 4))  # 4 x 1024 spills on sm_100
@@ -75,6 +91,16 @@ ATTENTION = {
     "sm_80": (Tile(16, 64, 0, warps=4, stages=2), Tile(64, 32, 0, warps=4, stages=2)),  # 64 x 64 spills there
     "interpret": (Tile(16, 64, 0, warps=1, stages=1), Tile(64, 128, 0, warps=1, stages=1)),
 }
+
+# Attention of a decode step: n keys a step against the heads that share a key head.
+DECODE = {
+    "default": Tile(16, 32, 0, warps=4, stages=2),
+    "sm_100": Tile(16, 32, 0, warps=8, stages=2),  # four warps spill there at a head of 80
+    "interpret": Tile(16, 64, 0, warps=1, stages=1),
+}
+
+MOST_KV_SPLITS = 32
+"""Splits of one sequence: the merge then reads 16 KiB a head."""
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpret": 4, "default": 132}
 """Programs that run at once, at least: a smaller grid leaves part of the machine idle, so K is split."""
@@ -107,11 +133,40 @@ def linear_tile(m: int, dtype: torch.dtype, name: str, gemm: dict[str, tuple[Til
     return _of_dtype(tile, dtype)
 
 
+def whole_tile(m: int, n: int, dtype: torch.dtype, name: str, gated: bool) -> Tile:
+    """The launch of M = m rows whose K stays whole, for n outputs, each of gate and of up if gated."""
+    tiles: tuple[Tile, ...] = (GEMV.get(name, GEMV["default"]),)
+    if m > 1:
+        table = WHOLE_GEMM.get(name, WHOLE_GEMM["default"])
+        tiles = tuple(tile for tile in table if tile.m == pick(table, m).m)
+    if gated:
+        least = 1 if m == 1 else 16  # as tensor cores take them
+        tiles = tuple(tile._replace(n=max(tile.n // 2, least)) for tile in tiles)
+    wanted = MULTIPROCESSORS.get(name, MULTIPROCESSORS["default"])
+    filling = (tile for tile in tiles if triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) >= wanted)
+    return _of_dtype(next(filling, tiles[-1]), dtype)
+
+
 def basis_gemv_tile(outputs: tuple[int, ...], dtype: torch.dtype, name: str) -> Tile:
     """The launch of M = 1 for parts of so many outputs: three programs and more a multiprocessor, 48 KiB in flight."""
     tiles, wanted = BASIS_GEMV.get(name, BASIS_GEMV["default"]), 3 * MULTIPROCESSORS.get(name, 132)
     filling = (tile for tile in tiles if sum(triton.cdiv(n, tile.n) for n in outputs) >= wanted)
     return _of_dtype(next(filling, tiles[-1]), dtype)
+
+
+def decode_tile(group: int, name: str) -> Tile:
+    """The launch of a decode step's attention for `group` query heads a key head: a lone one multiplies and adds."""
+    tile = DECODE.get(name, DECODE["default"])
+    return tile._replace(m=1 if group == 1 else max(tile.m, triton.next_power_of_2(group)))
+
+
+def decode_splits(programs: int, keys: int, tile: Tile, name: str) -> int:
+    """Into how many parts (a power of two) a table of `keys` is cut: two programs and more a multiprocessor."""
+    wanted = 2 * MULTIPROCESSORS.get(name, MULTIPROCESSORS["default"])
+    parts = 1
+    while parts < MOST_KV_SPLITS and programs * parts < wanted and keys > parts * tile.n:
+        parts *= 2
+    return parts
 
 
 def _of_dtype(tile: Tile, dtype: torch.dtype) -> Tile:
@@ -125,3 +180,8 @@ def splits(programs: int, k: int, tile: Tile, name: str) -> int:
     while programs * parts < wanted and k >= 2 * parts * max(MIN_SPLIT_K, tile.k):
         parts *= 2
     return parts
+
+
+def blocks(tile: Tile) -> dict[str, int]:
+    """The launch arguments of a tile, less its rows."""
+    return {"BLOCK_N": tile.n, "BLOCK_K": tile.k, "num_warps": tile.warps, "num_stages": tile.stages}

@@ -9,7 +9,7 @@ H heads, D head size. Weights are [N, K] row-major, activations [M, K], whatever
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,6 +55,19 @@ class Prepared:
     outputs: dict[str, tuple[int, ...]]
     tensors: tuple[torch.Tensor | None, ...]
     ints: tuple[int, ...] = ()
+
+
+class Around(NamedTuple):
+    """What stands around a linear, each where it is given: y = act(linear(rms_norm(x))) + residual.
+
+    norm: fp32 weight [K] of an RMSNorm with `eps`. act: one of fused.ACTIVATIONS, over outputs gate | up [M, 2 F], so
+    that act(gate) * up [M, F] is left. residual: [M, N] or [M, F] contiguous, of x's dtype.
+    """
+
+    norm: torch.Tensor | None = None
+    eps: float = 0.0
+    act: str | None = None
+    residual: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

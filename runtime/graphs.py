@@ -6,20 +6,25 @@
 
 A size is a number of sequences with one row each. Chunks of prompts, and larger steps, whose time goes into
 arithmetic, take the decoder as it is.
+
+That is a CPU. On a GPU the first step of a bucket of sizes is captured in a CUDA graph (captured.py), which plays it
+and all that follow.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from ..kernels import dispatch
+from ..kernels import dispatch, ops
 from ..kernels.native import library
 from ..kernels.native.tape import Tape
 from ..spec import Spec
 from .batch import Batch
 from .cache import KVCache
+from .captured import BUCKETS, CapturedStep, bucket
 from .model import Decoder
 
 LARGEST = 16  # sequences of a recorded step
@@ -27,12 +32,14 @@ TABLE_WIDTH = 64  # blocks that a first table has room for; more than that, and 
 
 
 class GraphedDecoder:
-    """A Decoder that plays its decode steps from tapes. Its logits are overwritten by the next call."""
+    """A Decoder that plays its decode steps from tapes or graphs. Its logits are overwritten by the next call."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self._steps: dict[int, RecordedStep] = {}
+        self._graphs: dict[int, CapturedStep] = {}
         self._cache: KVCache | None = None
+        self._pool: Any = None
 
     @property
     def spec(self) -> Spec:
@@ -44,8 +51,10 @@ class GraphedDecoder:
         size = len(batch.tokens)
         if batch.max_query > 1 or size > self.largest or len(batch.logit_rows) < size:
             return self.decoder(batch, cache)
-        if cache is not self._cache:  # the tapes hold its addresses
-            self._steps, self._cache = {}, cache
+        if cache is not self._cache:  # tapes and graphs hold its addresses
+            self._steps, self._graphs, self._cache = {}, {}, cache
+        if self._captures:
+            return self._captured(batch, cache).replay(batch)
         step = self._steps.get(size)
         if step is None or step.table_width < batch.block_tables.shape[1]:
             step = self._steps[size] = RecordedStep(self.decoder, batch, cache)
@@ -54,9 +63,26 @@ class GraphedDecoder:
             return step.verify(self.decoder, batch, cache)
         return step.replay(self.decoder, batch) if step.replays else self.decoder(batch, cache)
 
+    def _captured(self, batch: Batch, cache: KVCache) -> CapturedStep:
+        """The graph that plays this batch, captured if there is none or its tables have become too narrow."""
+        rows, width = bucket(len(batch.tokens)), batch.block_tables.shape[1]
+        step = self._graphs.get(rows)
+        if step is None or step.table_width < width:
+            self._graphs.pop(rows, None)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            step = self._graphs[rows] = CapturedStep(self.decoder, batch, cache, _room(width), self._pool)
+        return step
+
+    @property
+    def _captures(self) -> bool:
+        """Whether steps become CUDA graphs: not where plain torch does the work, which asks the GPU for lengths."""
+        return self.decoder.device.type == "cuda" and ops.takes_triton(self.decoder.weights.embed)
+
     @property
     def largest(self) -> int:
-        """Sequences of a step above which nothing is recorded; 0 where plain torch or Triton does the work."""
+        """Sequences of a step above which nothing is recorded; 0 where plain torch or the interpreter does the work."""
+        if self._captures:
+            return BUCKETS[-1]
         native = library.load()
         if native is None or self.decoder.device.type != "cpu" or dispatch.interpreting():
             return 0

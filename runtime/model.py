@@ -6,6 +6,9 @@ through the block tables of the batch.
 
     tokens -> embed -> ( norm -> q|k|v -> rotary + cache -> attention -> out
                          -> + -> norm -> FFN -> + ) x layers -> norm -> head -> logits
+
+Steps that stand side by side here run as one kernel where there is one: a Projection offers its format what stands
+around it, and attention takes the rotation along. What is not taken runs step by step.
 """
 
 from __future__ import annotations
@@ -14,14 +17,43 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import attention, formats, fused
-from ..kernels.unit import Prepared
+from ..kernels import attention, decode, formats, fused
+from ..kernels.unit import Around, Prepared
 from ..spec import Layer, Spec
 from .batch import Batch
 from .cache import KVCache
 from .rope import RotaryTable
 
 Pools = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The sum [M, width] that every layer adds to: total + branch, if there is one that the next norm will add."""
+
+    total: torch.Tensor
+    branch: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm, or LayerNorm where there is a bias or no weight at all. Parameters are fp32 [width]."""
+
+    kind: str
+    eps: float
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def of(self, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of the stream, and its sum."""
+        x, branch = stream.total, stream.branch
+        if self.kind == "rms":
+            if branch is None:
+                return fused.rms_norm(x, self.weight, self.eps), x
+            return fused.add_rms_norm(branch, x, self.weight, self.eps)
+        if branch is None:
+            return fused.layer_norm(x, self.weight, self.bias, self.eps), x
+        return fused.add_layer_norm(branch, x, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True)
@@ -35,26 +67,27 @@ class Projection:
         outputs = [formats.by_name(prepared.format).apply(x, prepared, path, wide) for prepared, path in self.parts]
         return outputs[0] if len(outputs) == 1 else fused.concat(outputs)
 
+    def of(self, norm: Norm | None, stream: Stream, act: str | None = None) -> tuple[torch.Tensor, Stream]:
+        """self(norm(stream)), through a gated `act` if named; and the stream, its sum made."""
+        if norm is not None and norm.kind == "rms" and stream.branch is None:
+            y = self._with(stream.total, Around(norm.weight, norm.eps, act))
+            if y is not None:
+                return y, stream
+        normed, total = (stream.total, stream.total) if norm is None else norm.of(stream)
+        y = self(normed)
+        return fused.gated_act(y, act) if act else y, Stream(total)
 
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm, or LayerNorm where there is a bias or no weight at all. Parameters are fp32 [width]."""
+    def onto(self, stream: Stream, x: torch.Tensor) -> Stream:
+        """stream + self(x)."""
+        y = self._with(x, Around(residual=stream.total))
+        return Stream(stream.total, self(x)) if y is None else Stream(y)
 
-    kind: str
-    eps: float
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind == "rms":
-            return fused.rms_norm(x, self.weight, self.eps)
-        return fused.layer_norm(x, self.weight, self.bias, self.eps)
-
-    def after_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of x + residual, and that sum."""
-        if self.kind == "rms":
-            return fused.add_rms_norm(x, residual, self.weight, self.eps)
-        return fused.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+    def _with(self, x: torch.Tensor, around: Around) -> torch.Tensor | None:
+        """The linear and what stands around it, where one format takes both."""
+        if len(self.parts) > 1:
+            return None
+        prepared, path = self.parts[0]
+        return formats.by_name(prepared.format).apply_around(x, prepared, path, around)
 
 
 @dataclass(frozen=True)
@@ -66,9 +99,10 @@ class Ffn:
     act: str
     gated: bool
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.inputs(x)
-        return self.output(fused.gated_act(hidden, self.act) if self.gated else fused.act(hidden, self.act))
+    def onto(self, stream: Stream, norm: Norm | None) -> Stream:
+        """stream + self(norm(stream))."""
+        hidden, stream = self.inputs.of(norm, stream, self.act if self.gated else None)
+        return self.output.onto(stream, hidden if self.gated else fused.act(hidden, self.act))
 
 
 @dataclass(frozen=True)
@@ -157,49 +191,43 @@ class Decoder:
 
     def _pre_norm(self, hidden: torch.Tensor, step: _Step, cache: KVCache) -> torch.Tensor:
         """Each branch reads the norm of the sum so far; the sum itself is carried unnormalised."""
-        branch: torch.Tensor | None = None
+        stream = Stream(hidden)
         for block, pools in zip(self.weights.blocks, cache.layers, strict=True):
-            if branch is None:
-                normed = block.attn_norm(hidden)
-            else:
-                normed, hidden = block.attn_norm.after_sum(branch, hidden)
-            branch = self._attend(normed, block, pools, step)
-            normed, hidden = block.ffn_norm.after_sum(branch, hidden)
-            branch = block.ffn(normed)
-        return self._last_norm(branch, hidden, step.batch.logit_rows)
+            stream = self._attend(stream, block.attn_norm, block, pools, step)
+            stream = block.ffn.onto(stream, block.ffn_norm)
+        return self._last_norm(stream, step.batch.logit_rows)
 
-    def _last_norm(self, branch: torch.Tensor | None, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _last_norm(self, stream: Stream, rows: torch.Tensor) -> torch.Tensor:
         """The final norm of the last sum, of the rows asked for."""
-        if len(rows) < len(hidden):
-            hidden, branch = hidden[rows], None if branch is None else branch[rows]
-        norm = self.weights.final_norm
-        if branch is None:
-            return norm(hidden) if norm else hidden
-        if norm is None:  # the sum alone, by a kernel that gives it too
-            return self.weights.blocks[-1].ffn_norm.after_sum(branch, hidden)[1]
-        return norm.after_sum(branch, hidden)[0]
+        total, branch = stream.total, stream.branch
+        if len(rows) < len(total):
+            stream = Stream(total[rows], None if branch is None else branch[rows])
+        if self.weights.final_norm is not None:
+            return self.weights.final_norm.of(stream)[0]
+        # The sum alone, by a kernel that gives it too.
+        return stream.total if branch is None else self.weights.blocks[-1].ffn_norm.of(stream)[1]
 
     def _post_norm(self, hidden: torch.Tensor, step: _Step, cache: KVCache) -> torch.Tensor:
         """OPT-350m: every sum is normalised before it goes on."""
+        stream = Stream(hidden)
         for block, pools in zip(self.weights.blocks, cache.layers, strict=True):
-            hidden, _ = block.attn_norm.after_sum(self._attend(hidden, block, pools, step), hidden)
-            hidden, _ = block.ffn_norm.after_sum(block.ffn(hidden), hidden)
+            stream = Stream(block.attn_norm.of(self._attend(stream, None, block, pools, step))[0])
+            stream = Stream(block.ffn_norm.of(block.ffn.onto(stream, None))[0])
         rows = step.batch.logit_rows
-        return hidden[rows] if len(rows) < len(hidden) else hidden
+        return stream.total[rows] if len(rows) < len(stream.total) else stream.total
 
-    def _attend(self, x: torch.Tensor, block: Block, pools: Pools, step: _Step) -> torch.Tensor:
+    def _attend(self, stream: Stream, norm: Norm | None, block: Block, pools: Pools, step: _Step) -> Stream:
+        """stream + attention(norm(stream))."""
         layer, batch, head_dim = block.layer, step.batch, self.spec.head_dim
+        qkv, stream = block.qkv.of(norm, stream)
         norms = (block.q_norm.weight, block.k_norm.weight) if block.q_norm and block.k_norm else None
-        turning = (step.cos, step.sin, *pools, batch.slots, layer.heads, layer.kv_heads, head_dim)
-        q = fused.rotary_cache(block.qkv(x), *turning, norms, self.spec.norm_eps)  # [T, H, D]
-        seen = attention.paged_attention(
-            q,
-            *pools,
-            batch.query_starts,
-            batch.context_lens,
-            batch.block_tables,
-            batch.max_query,
-            layer.scale,
-            layer.window,
-        )
-        return block.out(seen.view(len(x), layer.heads * head_dim))
+        turned = (step.cos, step.sin, *pools, batch.slots)
+        heads = (layer.heads, layer.kv_heads, head_dim)
+        told, how = (batch.context_lens, batch.block_tables), (layer.scale, layer.window)
+        seen = None
+        if batch.max_query == 1:
+            seen = decode.decode(qkv, *turned, *told, *heads, norms, self.spec.norm_eps, *how)
+        if seen is None:
+            q = fused.rotary_cache(qkv, *turned, *heads, norms, self.spec.norm_eps)  # [T, H, D]
+            seen = attention.paged_attention(q, *pools, batch.query_starts, *told, batch.max_query, *how)
+        return block.out.onto(stream, seen.view(len(qkv), layer.heads * head_dim))

@@ -8,9 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pared.kernels import attention, triton_attention, triton_basis, triton_dense, tuning
+from pared.kernels import attention, decode, triton_attention, triton_basis, triton_dense, tuning
+from pared.kernels.around import reference
 from pared.kernels.shared_basis import ALIGN
-from pared.tests.test_attention import Case, arguments, definition, torch_own
+from pared.kernels.unit import Around
+from pared.tests.test_attention import STEPS, Case, arguments, check_step, definition, step_arguments, torch_own
 from pared.tests.truth import assert_as_good, poisoned
 
 
@@ -87,3 +89,49 @@ def test_attention(window):
         y = triton_attention.paged_attention(*given)
     assert_as_good(y, torch_own(given), definition(given, torch.float64))
     assert_as_good(y, attention.reference(*given), definition(given, torch.float64))
+
+
+@pytest.mark.parametrize("name", ["decode", "eight heads a key head", "heads of their own", "a long one in a window"])
+def test_a_decode_step(name):
+    given = step_arguments(STEPS[name], torch.float32, 16, normed=True)
+    copies = tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in given)
+    with poisoned():
+        y = decode.decode(*copies)
+    check_step(given, y, copies[3:5])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20, 64])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_linear_and_what_stands_around_it(rows, gated):
+    x, weight, bias = torch.randn(rows, 300), torch.randn(66, 300) * 300**-0.5, torch.randn(66)
+    residual = torch.randn(rows, 33 if gated else 66)
+    around = Around(torch.rand(300) + 0.5, 1e-5, "gelu" if gated else None, residual)
+    with poisoned():
+        y = triton_dense.linear(x, weight, bias, around=around)
+    wide = Around(around.norm.double(), 1e-5, around.act, residual.double())
+    assert_as_good(
+        y,
+        reference(x, lambda x: torch.nn.functional.linear(x, weight, bias), around),
+        reference(x, lambda x: x.double() @ weight.double().t() + bias.double(), wide).double(),
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_a_basis_and_what_stands_around_it(rows):
+    """gate | up of different ranks, the second pivoted; K of 2090 is cut for the first launch."""
+    x, residual, k = torch.randn(rows, 2090), torch.randn(rows, 33), 2090
+    order = torch.randperm(k).int()
+    bases = [torch.randn(21, k) * k**-0.5, torch.randn(40, k - 40) * k**-0.5]
+    full = [bases[0], torch.cat([torch.eye(40), bases[1]], dim=1)[:, order.long().argsort()]]
+    coefficients = [torch.randn(33, 21) * 21**-0.5, torch.randn(33, 40) * 40**-0.5]
+    biases = [torch.randn(33), None]
+    around = Around(torch.rand(k) + 0.5, 1e-5, "silu", residual)
+    with poisoned():
+        y = triton_basis.basis_linear(x, [None, order], bases, coefficients, biases, around)
+
+    def linear(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ys = [x.to(dtype) @ b.to(dtype).t() @ c.to(dtype).t() for b, c in zip(full, coefficients, strict=True)]
+        return torch.cat([ys[0] + biases[0].to(dtype), ys[1]], dim=1)
+
+    own = reference(x, lambda x: linear(x, torch.float32), around)
+    assert_as_good(y, own, reference(x, lambda x: linear(x, torch.float64), around))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from pared.kernels import attention, dispatch
+from pared.kernels import attention, decode, dispatch, fused
 from pared.kernels.native import library
 from pared.tests.truth import assert_as_good, poisoned
 
@@ -119,6 +119,58 @@ def test_the_reference_is_the_definition(case, dtype):
     assert_as_good(attention.reference(*given), truth.to(dtype), truth)
 
 
+STEPS = {
+    **{name: CASES[name] for name in ("one key", "decode")},
+    "a window": Case(((1, 3), (1, 64), (1, 130), (1, 9), (1, 10), (1, 77)), heads=8, window=9),
+    "eight heads a key head": Case(((1, 21), (1, 300)), heads=8, kv_heads=1, head_dim=64, page=4),
+    "heads of their own": Case(((1, 40), (1, 5)), heads=3, kv_heads=3, head_dim=20),
+    "a long one": Case(((1, 1500), (1, 2)), heads=2, kv_heads=1, page=16),
+    "a long one in a window": Case(((1, 1500), (1, 2)), heads=2, kv_heads=2, page=16, window=333),
+}
+
+
+def step_arguments(case: Case, dtype: torch.dtype, rotated: int, normed: bool) -> tuple:
+    """What decode.decode takes; the slots of the new tokens hold NaN."""
+    _, k_pool, v_pool, _, contexts, tables, _, scale, window = arguments(case, dtype)
+    generator, last, rows = torch.Generator().manual_seed(7), contexts - 1, torch.arange(len(contexts))
+    slots = tables[rows, last // case.page].long() * case.page + last % case.page
+    for pool in (k_pool, v_pool):
+        pool.view(-1, case.kv_heads, case.head_dim)[slots] = float("nan")
+    width = (case.heads + 2 * case.kv_heads) * case.head_dim
+    qkv = torch.randn(len(contexts), width, generator=generator).to(dtype)
+    angle = torch.randn(len(contexts), rotated // 2, generator=generator)
+    norms = (torch.rand(case.head_dim, generator=generator) + 0.5, torch.rand(case.head_dim, generator=generator) + 0.5)
+    turned = (qkv, angle.cos(), angle.sin(), k_pool, v_pool, slots, contexts, tables)
+    heads = (case.heads, case.kv_heads, case.head_dim)
+    return (*turned, *heads, norms if normed else None, 1e-5, scale, window)
+
+
+def check_step(given: tuple, y: torch.Tensor | None, pools: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """y and the written pools against the separate steps; given: as it was before the step."""
+    qkv, cos, sin, k_pool, v_pool, slots, contexts, tables, heads, _, _, norms, eps, scale, window = given
+    turned = fused.rotary_cache_reference(qkv, cos, sin, k_pool, v_pool, slots, heads, *(norms or (None, None)), eps)
+    starts = torch.arange(len(qkv) + 1, dtype=torch.int32)
+    attended = (turned, k_pool, v_pool, starts, contexts, tables, 1, scale, window)
+    assert_as_good(y, torch_own(attended), definition(attended, torch.float64), rounds_inside=True)
+    ulp = torch.finfo(qkv.dtype).eps
+    torch.testing.assert_close(pools[0], k_pool, rtol=4 * ulp, atol=4 * ulp, equal_nan=True)
+    assert torch.equal(pools[1].nan_to_num(), v_pool.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rotated", "normed"), [(16, False), (10, True), (0, False)])
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
+def test_a_decode_step_rotates_writes_and_attends(case, rotated, normed, dtype):
+    given = step_arguments(case, dtype, rotated, normed)
+    copies = tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in given)
+    with poisoned():
+        y = decode.decode(*copies)
+    if not dispatch.interpreting():
+        assert y is None
+        y = decode.reference(*copies[:9], *(given[11] or (None, None)), *copies[12:])
+    check_step(given, y, copies[3:5])
+
+
 lengths = st.tuples(st.integers(1, 12), st.integers(0, 40)).map(lambda pair: (pair[0], sum(pair)))
 shapes = st.builds(
     lambda lengths, kv_heads, group, head_dim, page, window: Case(
@@ -179,6 +231,19 @@ def test_without_the_native_library_the_reference_runs_and_is_counted(monkeypatc
     given = arguments(CASES["decode"], torch.float32)
     assert torch.equal(attention.paged_attention(*given), attention.reference(*given))
     assert dispatch.FALLBACKS == {("paged_attention", "none for this test"): 1}
+
+
+def test_a_decode_step_refuses_wrong_tensors_with_the_numbers(monkeypatch):
+    monkeypatch.setattr(decode.ops, "takes_triton", lambda x: True)
+    good = step_arguments(STEPS["decode"], torch.float32, 16, False)
+    for place, bad, says in (
+        (0, good[0][:, 1:].contiguous(), r"\(5, 159\)"),
+        (6, good[6].long(), "int64"),
+        (7, good[7][:3], r"\(3, "),
+        (5, good[5].int(), "int32"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            decode.decode(*good[:place], bad, *good[place + 1 :])
 
 
 def test_the_op_keeps_the_rules_of_torch_library():

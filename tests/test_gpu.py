@@ -1,13 +1,31 @@
-"""The kernel contracts on a real GPU, where there is one: formats, attention, and a captured graph."""
+"""The kernel contracts on a real GPU, where there is one: formats, attention, and captured graphs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pared.kernels import attention, dispatch, formats, shared_basis
-from pared.kernels.unit import Unit
-from pared.tests.test_attention import CASES, arguments, definition, torch_own
+from pared.convert import convert
+from pared.kernels import attention, decode, dense, dispatch, formats, shared_basis
+from pared.kernels.around import reference
+from pared.kernels.unit import Around, Unit
+from pared.runtime import graphs
+from pared.runtime.batch import Batch
+from pared.runtime.cache import KVCache
+from pared.runtime.captured import bucket, fill, padding
+from pared.runtime.graphs import GraphedDecoder
+from pared.runtime.loader import load
+from pared.tests.test_attention import (
+    CASES,
+    STEPS,
+    arguments,
+    check_step,
+    definition,
+    step_arguments,
+    torch_own,
+)
+from pared.tests.test_formats import around_of, dtype_of, in_the_order_of_kernels, inputs
+from pared.tests.test_model import VARIANTS, random_model
 from pared.tests.truth import assert_as_good
 
 pytestmark = [
@@ -24,7 +42,7 @@ def test_every_format_is_as_good_as_its_reference(rows):
     for module, unit in FORMAT_CASES:
         packed, paths = module.encode(unit), list(unit.modules)
         k = unit.modules[paths[0]][1]
-        x = torch.randn(rows, k).to(next(iter(unit.tensors.values())).dtype)
+        x = torch.randn(rows, k).to(dtype_of(unit))
         with dispatch.strict():
             y = module.apply(x.to(DEVICE), module.prepare(packed, DEVICE), paths[0]).cpu()
         own = torch.cat([module.reference(x, packed, path) for path in paths], dim=1)
@@ -41,12 +59,91 @@ def test_attention_is_as_good_as_torch(case, dtype):
     assert_as_good(y, torch_own(given), definition(given, torch.float64), rounds_inside=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS.keys())
+def test_a_decode_step_rotates_writes_and_attends(case, normed, dtype):
+    given = step_arguments(case, dtype, 16, normed)
+    norms = given[11] and tuple(norm.to(DEVICE) for norm in given[11])
+    on_gpu = [g.to(DEVICE) if isinstance(g, torch.Tensor) else g for g in given]
+    with dispatch.strict():
+        y = decode.decode(*on_gpu[:11], norms, *on_gpu[12:])
+    check_step(given, y.cpu(), (on_gpu[3].cpu(), on_gpu[4].cpu()))
+
+
+@pytest.mark.parametrize("kind", ["norm", "norm, gated", "residual", "norm, gated, residual"])
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_what_stands_around_a_linear_is_as_good_as_step_by_step(rows, kind):
+    for module, unit in FORMAT_CASES:
+        dtype, (path, (n, k)) = dtype_of(unit), list(unit.modules.items())[-1]
+        if rows > dense.WHOLE_ROWS[dtype] or (dtype != torch.float32 and n < 100):
+            continue
+        packed, x, around = module.encode(unit), inputs(unit, rows), around_of(kind, rows, k, n, dtype)
+        prepared = module.prepare(packed, DEVICE)
+        if around.act:
+            prepared = module.stack([(prepared, path)] * 2)
+        given = Around(*(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in around))
+        y = module.apply_around(x.to(DEVICE), prepared, path, given)
+        if y is None:
+            assert dtype == torch.float16
+            continue
+
+        def linear(x, module=module, packed=packed, path=path, copies=2 if around.act else 1):
+            return torch.cat([module.reference(x, packed, path)] * copies, dim=1)
+
+        wide = around._replace(residual=None if around.residual is None else around.residual.float())
+        own, truth = in_the_order_of_kernels(x, linear, around), reference(x.float(), linear, wide)
+        assert_as_good(y.cpu(), own, truth, rounds_inside=True)
+
+
+def one_token_each(size: int, position: int, page: int) -> Batch:
+    """Sequences of as many blocks as `position` needs, each with blocks of its own."""
+    tables = [[1 + 9 * s + block for block in range(position // page + 1)] for s in range(size)]
+    return Batch(
+        tokens=torch.arange(3, 3 + size, device=DEVICE),
+        positions=torch.full((size,), position, device=DEVICE),
+        rope_lens=torch.full((size,), position + 1, device=DEVICE),
+        slots=torch.tensor([table[-1] * page + position % page for table in tables], device=DEVICE),
+        query_starts=torch.arange(size + 1, dtype=torch.int32, device=DEVICE),
+        context_lens=torch.full((size,), position + 1, dtype=torch.int32, device=DEVICE),
+        block_tables=torch.tensor(tables, dtype=torch.int32, device=DEVICE),
+        logit_rows=torch.arange(size, device=DEVICE),
+        max_query=1,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt-350m", "mistral-window"])
+def test_captured_steps_give_the_bits_of_eager_ones(tmp_path, monkeypatch, name, dtype):
+    """Sizes shrink and grow within and across buckets, and tables beyond their width."""
+    monkeypatch.setattr(graphs, "TABLE_WIDTH", 2)
+    random_model(VARIANTS[name]).save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "compact", progress=False, dtype=dtype)
+    decoder, page = load(tmp_path / "compact", device=DEVICE), 4
+    heads = [layer.kv_heads for layer in decoder.spec.layers]
+    cache = KVCache(heads, decoder.spec.head_dim, 64, page, decoder.dtype, DEVICE)
+    graphed, widths = GraphedDecoder(decoder), set()
+    for position in range(34):
+        batch = one_token_each((1, 3, 4, 5, 2)[position % 5], position, page)
+        size = len(batch.tokens)
+        found = graphed(batch, cache).clone()
+        width = graphed._graphs[bucket(size)].table_width
+        static = padding(bucket(size), width, decoder.device)
+        fill(static, batch, 0)
+        assert torch.equal(found, decoder(static, cache)[:size]), position
+        if dtype == "float32":
+            torch.testing.assert_close(found, decoder(batch, cache), rtol=0, atol=1e-4)
+        widths.add(width)
+    assert sorted(graphed._graphs) == [1, 2, 4, 8]
+    assert widths == {2, 4, 8, 16}
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_apply_can_be_captured_in_a_graph_and_replays_bit_for_bit(rows):
     for module, unit in FORMAT_CASES:
         path, (_, k) = next(iter(unit.modules.items()))
         prepared = module.prepare(module.encode(unit), DEVICE)
-        x = torch.randn(rows, k, device=DEVICE).to(next(iter(unit.tensors.values())).dtype)
+        x = torch.randn(rows, k, device=DEVICE).to(dtype_of(unit))
         eager = module.apply(x, prepared, path)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -12,9 +12,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 import torch
 
 from pared.bench.compile_only import SHARED_MEMORY, TARGETS, Report, compile_only, report
-from pared.kernels import triton_attention, triton_basis, triton_dense, triton_fused
+from pared.kernels import triton_attention, triton_basis, triton_decode, triton_dense, triton_fused, triton_int8
 from pared.kernels.dense import GPU_ROWS
 from pared.kernels.shared_basis import ALIGN
+from pared.kernels.unit import Around
 
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 PREFILL_ROWS = GPU_ROWS[torch.bfloat16]
@@ -42,7 +43,14 @@ BASES = {
 }
 
 
-def basis(rows: int, k: int, ranks: tuple[int, ...], outputs: tuple[int, ...], pivoted: bool = True) -> None:
+def basis(
+    rows: int,
+    k: int,
+    ranks: tuple[int, ...],
+    outputs: tuple[int, ...],
+    pivoted: bool = True,
+    around: Around | None = None,
+) -> None:
     def aligned(n: int) -> int:
         return -(-n // ALIGN) * ALIGN
 
@@ -52,7 +60,14 @@ def basis(rows: int, k: int, ranks: tuple[int, ...], outputs: tuple[int, ...], p
         [meta(rank, aligned(k - rank if pivoted else k)) for rank in ranks],
         [meta(n, aligned(rank)) for n, rank in zip(outputs, ranks, strict=True)],
         [None for _ in ranks],
+        around,
     )
+
+
+def basis_around(name: str, rows: int) -> None:
+    k, ranks, outputs = BASES[name]
+    kind = next(kind for kind in ("q|k|v", "gate|up", "o", "down") if name.startswith(kind))
+    basis(rows, k, ranks, outputs, around=around(kind, rows, outputs[0], k))
 
 
 def attend(rows: int, heads: int, kv_heads: int, head_dim: int, window: int = 0) -> None:
@@ -64,7 +79,42 @@ def attend(rows: int, heads: int, kv_heads: int, head_dim: int, window: int = 0)
 
 def rotate() -> None:
     table, pool = meta(4, 64, dtype=torch.float32), meta(64, 16, 8, 128)
-    triton_fused.rotary_cache(meta(4, 48 * 128), table, table, pool, pool, meta(4, dtype=torch.int64), 32)
+    slots, norm = meta(4, dtype=torch.int64), meta(128, dtype=torch.float32)
+    triton_fused.rotary_cache(meta(4, 48 * 128), table, table, pool, pool, slots, 32, norm, norm, 1e-5)
+
+
+def decode(sequences: int, heads: int, kv_heads: int, blocks: int, head_dim: int = 128, window: int = 0) -> None:
+    pool, table = meta(64, 16, kv_heads, head_dim), meta(sequences, head_dim // 2, dtype=torch.float32)
+    lens, tables = meta(sequences, dtype=torch.int32), meta(sequences, blocks, dtype=torch.int32)
+    qkv, slots = meta(sequences, (heads + 2 * kv_heads) * head_dim), meta(sequences, dtype=torch.int64)
+    given = (qkv, table, table, pool, pool, slots, lens, tables, heads)
+    triton_decode.decode(*given, None, None, 0.0, 0.1, window)
+
+
+# K, rows of weights: what a linear of Llama-2-7B and of Llama-3-8B reads and stacks.
+LINEARS = {
+    "llama-2-7b": {"q|k|v": (4096, 12288), "o": (4096, 4096), "gate|up": (4096, 22016), "down": (11008, 4096)},
+    "llama-3-8b": {"q|k|v": (4096, 6144), "o": (4096, 4096), "gate|up": (4096, 28672), "down": (14336, 4096)},
+}
+
+
+def around(kind: str, rows: int, n: int, k: int) -> Around:
+    norm = meta(k, dtype=torch.float32)
+    return {
+        "q|k|v": Around(norm, 1e-5),
+        "gate|up": Around(norm, 1e-5, "silu"),
+        "o": Around(residual=meta(rows, n)),
+        "down": Around(residual=meta(rows, n)),
+    }[kind]
+
+
+def linear_around(kind: str, rows: int, k: int, n: int) -> None:
+    triton_dense.linear(meta(rows, k), meta(n, k), None, around=around(kind, rows, n, k))
+
+
+def int8_head(rows: int) -> None:
+    weight, scale = meta(128256, 4096, dtype=torch.int8), meta(128256, dtype=torch.float32)
+    triton_int8.int8_linear(meta(rows, 4096), weight, scale, None, True)
 
 
 def norms() -> None:
@@ -81,8 +131,8 @@ LAUNCHES = {
     "more rows": lambda: linear(64, 4096, 4096),
     "prefill": lambda: linear(PREFILL_ROWS, 11008, 4096),
     "split": lambda: linear(2, 64, 4096),
-    "decode": lambda: attend(1, 32, 8, 128),
-    "decode, odd head, window": lambda: attend(1, 32, 32, 80, window=2047),
+    "few queries": lambda: attend(1, 32, 8, 128),
+    "few queries, odd head, window": lambda: attend(1, 32, 32, 80, window=2047),
     "chunk": lambda: attend(512, 32, 8, 128),
     "rotate": rotate,
     "norms": norms,
@@ -91,6 +141,24 @@ LAUNCHES = {
     "basis 1, factored": lambda: basis(1, *BASES["q|k|v 20 %"], pivoted=False),
     "basis 8, factored": lambda: basis(8, *BASES["q|k|v 20 %"], pivoted=False),
     **{f"basis 1, {name}": functools.partial(basis, 1, *shape) for name, shape in BASES.items()},
+    "int8 head 1": lambda: int8_head(1),
+    "int8 head 8": lambda: int8_head(8),
+    "decode 1": lambda: decode(1, 32, 32, 64),
+    "decode 1, grouped": lambda: decode(1, 32, 8, 64),
+    "decode 8, grouped, long": lambda: decode(8, 32, 8, 4096),
+    "decode 64, one split": lambda: decode(64, 32, 32, 64),
+    "decode 1, odd head, window": lambda: decode(1, 32, 32, 64, head_dim=80, window=2047),
+    **{
+        f"around {rows}, {model} {kind}": functools.partial(linear_around, kind, rows, *LINEARS[model][kind])
+        for rows in (1, 8, 64)
+        for model in LINEARS
+        for kind in LINEARS[model]
+    },
+    **{
+        f"around basis {rows}, {name}": functools.partial(basis_around, name, rows)
+        for rows in (1, 8, 64)
+        for name in ("q|k|v 20 %", "gate|up 20 %", "o 20 %", "down 20 %", "down 50 %")
+    },
     **{
         f"basis {rows}, {name}": functools.partial(basis, rows, *BASES[name])
         for rows in (8, 64)
@@ -146,6 +214,36 @@ def test_a_small_grid_is_split_and_added_up(built):
     _, reports = built
     assert [kernel.name for kernel in reports["split"]] == ["_gemm", "_sum_partials"]
     assert [kernel.name for kernel in reports["gemv"]] == ["_gemv"]
+
+
+def test_what_stands_around_takes_no_launch(built):
+    _, reports = built
+    for name, kernels in reports.items():
+        if name.startswith("around"):
+            kind = "gemv" if name.split(",")[0].endswith(" 1") else "gemm"
+            both = [f"_basis_{kind}", f"_coefficients_{kind}"]
+            assert [kernel.name for kernel in kernels] == (both if "basis" in name else [f"_{kind}"]), name
+
+
+def test_a_linear_streams_weights_as_before_with_what_stands_around_it(built):
+    target, reports = built
+    for name in (name for name in reports if name.startswith("around 1,")):
+        (kernel,) = reports[name]
+        if target == "gfx942":
+            assert kernel.count("(buffer|global)_load_dwordx4") >= 2, name
+            continue
+        assert kernel.count(r"LDG\.E\.EF\.128") >= 4, name
+        assert kernel.registers <= 80, name
+    for name in (name for name in reports if name.startswith("around")):
+        for kernel in reports[name]:
+            assert kernel.bytes_an_instruction >= 0.1, (name, kernel)  # below, it waits for itself
+
+
+def test_a_decode_step_attends_in_two_launches_or_one(built):
+    _, reports = built
+    for name in (name for name in reports if name.startswith("decode ")):
+        names = ["_attend_split"] if "one split" in name else ["_attend_split", "_merge"]
+        assert [kernel.name for kernel in reports[name]] == names, name
 
 
 def test_a_basis_takes_two_launches_for_all_that_is_stacked(built):

@@ -53,6 +53,7 @@ def test_every_command_is_shown() -> None:
     from pared.cli import app
 
     named = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    named |= {group.name or group.typer_instance.info.name for group in app.registered_groups}
     assert {command[1] for command in COMMANDS} == named
 
 
@@ -69,7 +70,7 @@ def test_the_python_examples_run(here: Path, tiny_folder: Path, capsys: pytest.C
 
 def test_make_targets_that_the_readme_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"(?:^|`|&& )make ([a-z]+)", README, re.MULTILINE))
+    targets = set(re.findall(r"(?:^|`|&& )make ([a-z-]+)", README, re.MULTILINE))
     assert {"demo", "test"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -59,7 +59,8 @@ def _int8_gemm(
         inside = (start + k < K)[None, :]
         x = tl.load(x_rows + start, mask=(m < M)[:, None] & inside, other=0.0)
         w = tl.load(w_rows + start, mask=(n < N)[:, None] & inside, other=0, eviction_policy="evict_first")
-        total += tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
+        # By way of fp32, as hardware does it; straight to bf16 is something that the interpreter does not know.
+        total += tl.dot(x, tl.trans(w.to(tl.float32).to(x.dtype)), input_precision="ieee")
     y = total * tl.load(scale_ptr + n, mask=n < N, other=0.0)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]

@@ -47,18 +47,24 @@ def _unique(texts: list[str]) -> list[str]:
 
 
 def boolq_passages(split: Split) -> list[str]:
-    """Wikipedia paragraphs without repetition, in file order; no "train" passage is also a "dev" one.
+    """Wikipedia paragraphs without repetition, in file order; no "train" passage is also a "dev" one."""
+    if split == "dev":
+        return _unique([row["passage"] for row in _rows("BoolQ/dev")])
+    return list(boolq_train())
+
+
+def boolq_train() -> dict[str, str]:
+    """The "train" passages, each with the first question that it answers, in file order.
 
     The package holds all of BoolQ shuffled together plus the dev and test rows: what is in neither is "train".
     """
-    dev = _unique([row["passage"] for row in _rows("BoolQ/dev")])
-    if split == "dev":
-        return dev
     held_out = {row["question"] for name in ("dev", "test") for row in _rows(f"BoolQ/{name}")}
-    rows = (row for row in _rows("BoolQ/combined") if row["question"] not in held_out)
-    untitled = [row["passage"].split(" -- ", 1)[-1] for row in rows]
-    seen = set(dev)
-    return [passage for passage in _unique(untitled) if passage not in seen]
+    dev, found = set(boolq_passages("dev")), dict[str, str]()
+    for row in _rows("BoolQ/combined"):
+        passage = row["passage"].split(" -- ", 1)[-1]
+        if row["question"] not in held_out and passage not in dev:
+            found.setdefault(passage, row["question"])
+    return found
 
 
 def boolq_questions() -> list[str]:

@@ -14,10 +14,10 @@ from ..terminal import print_error, print_table, say
 from . import end_to_end
 from .sides import Pared, Transformers
 
-QUESTION = "Why is the sky blue? Answer in two sentences."
+QUESTION = "What is photosynthesis? Answer in two sentences."
 ANSWER_TOKENS = 96
 TEXT_CHARACTERS = 40_000  # four windows of 2048 tokens
-CALIBRATION_CHARACTERS = 1_200_000
+CALIBRATION_BYTES = 1_200_000
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 256, 48, 3
 COLUMNS = ("", "disk", "bytes per token", "perplexity", "prefill", "decode")
 METHODS = (
@@ -59,11 +59,20 @@ def run(folder: Path) -> None:
 
 
 def calibration(folder: Path) -> Path:
-    """The file that the compressed model is calibrated on, beside the folder: the first BoolQ train passages."""
-    from .data import boolq_passages, corpus
+    """The file that the compressed model is calibrated on, beside the folder: BoolQ train passages as answers.
 
-    path = folder.with_name("boolq-train.txt")
-    path.write_text(corpus(boolq_passages("train"))[:CALIBRATION_CHARACTERS], encoding="utf-8")
+    In the form in which the model is asked: after plain passages it would go on and on, since none of them ends.
+    """
+    from ..runtime.text import Tokenizer
+    from .data import boolq_train
+
+    tokenizer, path = Tokenizer(folder), folder.with_name("boolq-train.txt")
+    with path.open("w", encoding="utf-8") as file:
+        for passage, question in boolq_train().items():
+            messages = [{"role": "user", "content": f"{question}?"}, {"role": "assistant", "content": passage}]
+            file.write(tokenizer.hf.apply_chat_template(messages, tokenize=False))
+            if file.tell() > CALIBRATION_BYTES:
+                break
     return path
 
 

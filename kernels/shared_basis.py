@@ -22,7 +22,7 @@ Paths of `apply`, by the number of rows M:
 
     GPU   M <= GPU_ROWS       Triton, two launches for all stacked modules together (triton_basis.py)
           M above             two cuBLAS GEMMs a module
-    CPU   M <= linear_rows    native, one call for all stacked modules
+    CPU   M <= basis_rows     native, one call for all stacked modules
           M above             two of oneDNN's GEMMs a module
 """
 

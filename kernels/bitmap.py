@@ -143,9 +143,7 @@ def cases() -> list[Unit]:
 def _bitmap_cpu(
     x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], wide: bool
 ) -> torch.Tensor:
-    masked.check_input("bitmap_linear", x, sizes[1], laid[1].dtype)
-    fallback("bitmap_linear", "no kernel yet")
-    return masked.torch_path(x, laid, bias, sizes, wide)
+    return masked.on_cpu("bitmap_linear", x, laid, bias, sizes, wide)
 
 
 def _bitmap_gpu(

@@ -30,7 +30,7 @@ def fits(unit: Unit) -> str | None:
     if reason := masked.fits(NAME, unit):
         return reason
     weight = unit.tensors["weight"]
-    zeros = weight.numel() - int(masked.kept(weight).sum())
+    zeros = weight.numel() - int(masked.kept(weight).count_nonzero())
     if -(-weight.shape[1] // 8) * weight.shape[0] < zeros * weight.element_size():
         return None
     return f"{zeros / max(1, weight.numel()):.1%} of its weights are zero, which saves less than a bit for each takes"
@@ -41,9 +41,9 @@ def encode(unit: Unit) -> Packed:
     reason = fits(unit)
     if reason:
         raise ValueError(reason)
-    weight, bias = unit.tensors["weight"], unit.tensors.get("bias")
+    weight, bias = unit.tensors["weight"].contiguous(), unit.tensors.get("bias")
     mask = masked.kept(weight)
-    tensors = {"bits": masked.to_bits(mask), "values": weight[mask]}
+    tensors = {"bits": masked.to_bits(mask), "values": masked.pick(weight, mask)}
     return Packed(NAME, VERSION, dict(unit.modules), tensors | ({} if bias is None else {"bias": bias.contiguous()}))
 
 

@@ -79,7 +79,7 @@ def encode(unit: Unit) -> Packed:
         bits[:, -1] &= 0x0F
     mask = masked.from_bits(torch.from_numpy(bits), GROUP * groups)
     tensors = {
-        "values": F.pad(weight, (0, GROUP * groups - k))[mask].view(n, 2 * groups),
+        "values": masked.pick(F.pad(weight, (0, GROUP * groups - k)).contiguous(), mask).view(n, 2 * groups),
         "positions": torch.from_numpy(_TO_POSITIONS[bits]),
     }
     return Packed(NAME, VERSION, dict(unit.modules), tensors | ({} if bias is None else {"bias": bias.contiguous()}))

@@ -52,9 +52,12 @@ static inline void sparse_block(const SparseLinear& a, i64 m0, i64 n0, i64 gap) 
     for (auto& row : acc)
         for (auto& one : row) one = splat(0.0f);
     i64 k = 0;
-    for (; k + WORD <= a.k; k += WORD)
+    for (; k + WORD <= a.k; k += WORD) {
+        if (k % (16 * WORD) == 0)
+            for (int r = 0; r < R; r++) __builtin_prefetch(masks + r * stride + k / WORD + 64);
         for (int bit = 0; bit < WORD; bit += STEP)
             sparse_step<X, MB, R, EVEN, true>(a, x + k + bit, masks + k / WORD, stride, bit, 0, values, acc);
+    }
     for (int bit = 0; k + bit < a.k; bit += STEP)
         sparse_step<X, MB, R, EVEN, false>(a, x + k + bit, masks + k / WORD, stride, bit, a.k - k - bit, values, acc);
     for (int m = 0; m < MB; m++)

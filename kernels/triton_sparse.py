@@ -32,12 +32,12 @@ def _half(bits, DTYPE: tl.constexpr):
 
 @triton.jit
 def quad(ptr, group, mask):
-    """Elements 4 group to 4 group + 3 in fp32, read 8 bytes at a time: four tensors of the shape of `group`."""
+    """Elements 4 group to 4 group + 3 in fp32, read 8 or 16 bytes at a time: four tensors as long as `group`."""
     words = ptr.to(tl.pointer_type(tl.int64))
     DTYPE: tl.constexpr = ptr.dtype.element_ty
     if DTYPE == tl.float32:
-        low = tl.load(words + 2 * group, mask=mask, other=0, eviction_policy="evict_last")
-        high = tl.load(words + 2 * group + 1, mask=mask, other=0, eviction_policy="evict_last")
+        at = words + 2 * group[:, None] + tl.arange(0, 2)[None, :]
+        low, high = tl.split(tl.load(at, mask=mask[:, None], other=0, eviction_policy="evict_last"))
         return _single(low), _single(low >> 32), _single(high), _single(high >> 32)
     else:
         word = tl.load(words + group, mask=mask, other=0, eviction_policy="evict_last")
@@ -173,8 +173,7 @@ def rows(
     x: torch.Tensor, weights: Weights, bias: torch.Tensor | None, wide: bool, around: Around | None
 ) -> torch.Tensor:
     """x [M, K] -> y [M, N]: tiles made dense for tensor cores, or from tuning.EXPANDED_ROWS on the whole weight."""
-    few = tuning.EXPANDED_ROWS.get(tuning.target(), tuning.EXPANDED_ROWS["default"])
-    if around is None and x.shape[0] > few:
+    if around is None and x.shape[0] > tuning.expanded_rows(x.dtype, tuning.target()):
         return spread(x, weights, bias, wide)
     return gemm(x, weights, bias, wide, around)
 

@@ -23,10 +23,10 @@ from .unit import Around
 
 
 @triton.jit
-def _products(values, W, w_at, mask, code, j: tl.constexpr, x0, x1, x2, x3):
-    """The products of group j of every word, summed by pairs: fp32 [BLOCK_N, BLOCK_W]."""
-    one = tl.load(values + 2 * j * W + w_at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    two = tl.load(values + (2 * j + 1) * W + w_at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+def _products(values, W, mask, code, j: tl.constexpr, x0, x1, x2, x3):
+    """The products of a group of every word, whose positions are half byte j of `code`: fp32 [BLOCK_N, BLOCK_W]."""
+    one = tl.load(values, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    two = tl.load(values + W, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     code = code >> (4 * j)
     first = tl.where((code & 2) != 0, x2[None, :], tl.where((code & 1) != 0, x1[None, :], x0[None, :]))
     second = tl.where((code & 8) != 0, x3[None, :], tl.where((code & 4) != 0, x2[None, :], x1[None, :]))
@@ -81,17 +81,22 @@ def _two_four_gemv(
         ahead = tl.load(words + start + BLOCK_W, mask=beyond, other=0)
         if ACT != "":
             up_code = tl.load(up_words + start, mask=mask, other=0)
-        for j in tl.static_range(8):
-            group = j * W + start + w
-            there = inside & (4 * group < K)
-            x0, x1, x2, x3 = quad(x_ptr, group, there)
-            if NORM:
-                squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
-                n0, n1, n2, n3 = quad(norm_ptr, group, there)
-                x0, x1, x2, x3 = x0 * n0, x1 * n1, x2 * n2, x3 * n3
-            total += _products(values, W, start, mask, code, j, x0, x1, x2, x3)
+        for pair in range(4):
+            for j in tl.static_range(2):
+                group = (2 * pair + j) * W + start + w
+                x0, x1, x2, x3 = quad(x_ptr, group, inside)
+                if NORM:
+                    squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
+                    n0, n1, n2, n3 = quad(norm_ptr, group, inside)
+                    x0, x1, x2, x3 = x0 * n0, x1 * n1, x2 * n2, x3 * n3
+                at = values + (4 * pair + 2 * j) * W + start
+                total += _products(at, W, mask, code, j, x0, x1, x2, x3)
+                if ACT != "":
+                    at = up_values + (4 * pair + 2 * j) * W + start
+                    up += _products(at, W, mask, up_code, j, x0, x1, x2, x3)
+            code = code >> 8
             if ACT != "":
-                up += _products(up_values, W, start, mask, up_code, j, x0, x1, x2, x3)
+                up_code = up_code >> 8
         code = ahead
     scale = 1.0
     if NORM:
@@ -135,8 +140,8 @@ def _gemv(
     tile = tuning.two_four_tile(name, gated=bool(given.act))
     programs, columns, early = triton.cdiv(n, tile.n), tile.k // 32, tuning.overlaps(name)
     splits = 1 if around else tuning.splits(programs, x.shape[1], tile, name)
-    norm, short = given.norm, -x.shape[1] % 4
-    if short:  # eight bytes are read at a time
+    norm, short = given.norm, 32 * width - x.shape[1]
+    if short:  # groups are read whole
         x, norm = F.pad(x, (0, short)), None if norm is None else F.pad(norm, (0, short))
     unit = math.gcd(width, 8)
     out = y if splits == 1 else x.new_empty(splits, 1, n, dtype=torch.float32)

@@ -177,6 +177,12 @@ def basis_gemv_tile(outputs: tuple[int, ...], dtype: torch.dtype, name: str) -> 
     return _of_dtype(next(filling, tiles[-1]), dtype)
 
 
+def expanded_rows(dtype: torch.dtype, name: str) -> int:
+    """Rows up to which `_gemm` of triton_sparse.py is the path; fp32 has no tensor cores at full precision."""
+    rows = EXPANDED_ROWS.get(name, EXPANDED_ROWS["default"])
+    return min(rows, 16) if dtype == torch.float32 else rows
+
+
 def sparse_tile(m: int, dtype: torch.dtype, name: str, gated: bool) -> Tile:
     """The launch of M = m > 1 rows of a sparse format; gate and up share its n, down to the 16 of tensor cores."""
     tile = pick(SPARSE_GEMM.get(name, SPARSE_GEMM["default"]), m)
@@ -186,6 +192,12 @@ def sparse_tile(m: int, dtype: torch.dtype, name: str, gated: bool) -> Tile:
 def two_four_tile(name: str, gated: bool) -> Tile:
     """The launch of M = 1 of two_four; gate and up share its n."""
     tile = TWO_FOUR_GEMV.get(name, TWO_FOUR_GEMV["default"])
+    return tile._replace(n=tile.n // 2) if gated else tile
+
+
+def bitmap_tile(name: str, gated: bool) -> Tile:
+    """The launch of M = 1 of bitmap by its bits; gate and up share its n."""
+    tile = BITMAP_GEMV.get(name, BITMAP_GEMV["default"])
     return tile._replace(n=tile.n // 2) if gated else tile
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from . import triton_sparse, tuning
 from .sparse_layout import CHECK, RUN, UNIT, Bitmap
-from .triton_sparse import finish
+from .triton_sparse import finish, halves, singles
 from .triton_sparse_tiles import bitmap_tile
 from .unit import Around
 
@@ -37,32 +37,54 @@ def _row_scale(x_ptr, K, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _walk(
-    x_ptr, norm_ptr, values_ptr, steps_ptr, columns_ptr, n, inside, rows, first, last, NORM: tl.constexpr
-):
-    """Sums [SHARES, BLOCK_N] of rows n over the runs first [SHARES, 1] up to last; first begins a check."""
-    i = tl.arange(0, _UNIT)[None, None, :]
-    mask = inside & (first < last)
+def _two_words(ptr, at, mask):
+    """8-byte words `at` and at + 1 of ptr, in one load of 16 bytes."""
+    both = ptr + at[:, None] + tl.arange(0, 2)[None, :]
+    return tl.split(tl.load(both, mask=mask[:, None], other=0, eviction_policy="evict_first"))
+
+
+@triton.jit
+def _eight(ptr, at, mask):
+    """Values at to at + 7 of ptr in fp32, `at` a multiple of 8: eight tensors of its shape."""
+    words = ptr.to(tl.pointer_type(tl.int64))
+    DTYPE: tl.constexpr = ptr.dtype.element_ty
+    if DTYPE == tl.float32:
+        a, b = _two_words(words, at // 2, mask)
+        c, d = _two_words(words, at // 2 + 2, mask)
+        v0, v1 = singles(a)
+        v2, v3 = singles(b)
+        v4, v5 = singles(c)
+        v6, v7 = singles(d)
+        return v0, v1, v2, v3, v4, v5, v6, v7
+    else:
+        a, b = _two_words(words, at // 4, mask)
+        v0, v1, v2, v3 = halves(a, DTYPE)
+        v4, v5, v6, v7 = halves(b, DTYPE)
+        return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
+def _walk(x_ptr, norm_ptr, values_ptr, steps_ptr, columns_ptr, n, inside, rows, first, runs, share, NORM: tl.constexpr):
+    """Sums over `share` runs of rows n from `first` on, which begins a check; one thread has one of each: [LANES]."""
+    UNITS: tl.constexpr = _RUN // _UNIT
+    mask = inside & (first < runs)
     column = tl.load(columns_ptr + (first // (_CHECK // _RUN)).to(tl.int64) * rows + n, mask=mask, other=0)
-    sums = tl.zeros([first.shape[0], n.shape[1], _UNIT], tl.float32)
-    for step in range(tl.max(tl.max(last - first, axis=1), axis=0)):
+    sums = tl.zeros(column.shape, tl.float32)
+    for step in range(share):
+        mask = inside & (first + step < runs)
         run = (first + step).to(tl.int64)
-        mask = inside & (run < last)
-        at = run * rows + n
-        for unit in tl.static_range(_RUN // _UNIT):
+        for unit in tl.static_range(UNITS):
             word = tl.load(
-                steps_ptr + (run * (_RUN // _UNIT) + unit) * rows + n, mask=mask, other=0, eviction_policy="evict_first"
+                steps_ptr + (run * UNITS + unit) * rows + n, mask=mask, other=0, eviction_policy="evict_first"
             )
-            value_at = values_ptr + (at * _RUN + unit * _UNIT)[:, :, None] + i
-            value = tl.load(value_at, mask=mask[:, :, None], other=0.0, eviction_policy="evict_first")
-            steps = (word[:, :, None] >> (4 * i)) & 15
-            columns = column[:, :, None] + tl.cumsum(steps, axis=2)
-            x = tl.load(x_ptr + columns, eviction_policy="evict_last").to(tl.float32)
-            if NORM:
-                x *= tl.load(norm_ptr + columns, eviction_policy="evict_last")
-            sums += value.to(tl.float32) * x
-            column += tl.sum(steps, axis=2)
-    return tl.sum(tl.sum(sums, axis=2), axis=0)
+            values = _eight(values_ptr, (run * rows + n) * _RUN + unit * _UNIT, mask)
+            for i in tl.static_range(_UNIT):
+                column += (word >> (4 * i)) & 15
+                x = tl.load(x_ptr + column, eviction_policy="evict_last").to(tl.float32)
+                if NORM:
+                    x *= tl.load(norm_ptr + column, eviction_policy="evict_last")
+                sums += values[i] * x
+    return sums
 
 
 @triton.jit
@@ -94,14 +116,15 @@ def _ell_gemv(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    first = (tl.arange(0, SHARES) * share)[:, None]
-    last = tl.minimum(first + share, runs)
-    lanes, inside = n[None, :], (n < N)[None, :]
+    lane = tl.arange(0, SHARES * BLOCK_N)
+    row, first = tl.program_id(0) * BLOCK_N + lane % BLOCK_N, lane // BLOCK_N * share
     ell = (x_ptr, norm_ptr, values_ptr, steps_ptr, columns_ptr)
-    y = _walk(*ell, lanes, inside, rows, first, last, NORM)
+    sums = _walk(*ell, row, row < N, rows, first, runs, share, NORM)
+    y = tl.sum(sums.reshape(SHARES, BLOCK_N), axis=0)
     up = y
     if ACT != "":
-        up = _walk(*ell, N + lanes, inside, rows, first, last, NORM)
+        sums = _walk(*ell, N + row, row < N, rows, first, runs, share, NORM)
+        up = tl.sum(sums.reshape(SHARES, BLOCK_N), axis=0)
     scale = 1.0
     if NORM:
         scale = _row_scale(x_ptr, K, eps, BLOCK_X)

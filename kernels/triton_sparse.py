@@ -21,13 +21,20 @@ from .unit import Around
 
 
 @triton.jit
-def _single(bits):
-    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+def singles(word):
+    """The two fp32 numbers of each 8-byte word."""
+    return word.to(tl.int32).to(tl.float32, bitcast=True), (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _half(bits, DTYPE: tl.constexpr):
     return bits.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def halves(word, DTYPE: tl.constexpr):
+    """The four numbers of a 16-bit DTYPE of each 8-byte word, in fp32."""
+    return _half(word, DTYPE), _half(word >> 16, DTYPE), _half(word >> 32, DTYPE), _half(word >> 48, DTYPE)
 
 
 @triton.jit
@@ -38,10 +45,12 @@ def quad(ptr, group, mask):
     if DTYPE == tl.float32:
         at = words + 2 * group[:, None] + tl.arange(0, 2)[None, :]
         low, high = tl.split(tl.load(at, mask=mask[:, None], other=0, eviction_policy="evict_last"))
-        return _single(low), _single(low >> 32), _single(high), _single(high >> 32)
+        x0, x1 = singles(low)
+        x2, x3 = singles(high)
+        return x0, x1, x2, x3
     else:
         word = tl.load(words + group, mask=mask, other=0, eviction_policy="evict_last")
-        return _half(word, DTYPE), _half(word >> 16, DTYPE), _half(word >> 32, DTYPE), _half(word >> 48, DTYPE)
+        return halves(word, DTYPE)
 
 
 @triton.jit

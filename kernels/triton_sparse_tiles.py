@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .sparse_layout import RUN
 
-_RUN = tl.constexpr(RUN)
+_RUN_BITS = tl.constexpr(RUN.bit_length() - 1)
 
 
 @triton.jit
@@ -47,11 +47,11 @@ def _count(v):
 
 
 @triton.jit
-def _next(row_ptr, j, byte, jump, BIT: tl.constexpr):
-    """The value of bit BIT of each byte, and the j of the one behind it."""
+def _next(ptr, start, j, byte, jump, BIT: tl.constexpr):
+    """The value of bit BIT of each byte, as an integer, and the j of the one behind it."""
     kept = (byte >> BIT) & 1
-    at = row_ptr + j + (j // _RUN).to(tl.int64) * jump
-    return tl.load(at, mask=kept != 0, other=0.0), j + kept
+    at = (j >> _RUN_BITS).to(start.dtype) * jump + (start + j)
+    return tl.load(ptr + at, mask=kept != 0, other=0), j + kept
 
 
 @triton.jit
@@ -67,14 +67,19 @@ def bitmap_tile(weights, n, rows, t, words, jump, BLOCK_N: tl.constexpr, BLOCK_K
     j = tl.load(ahead_ptr + at, mask=mask, other=0).to(tl.int32)
     j += _count(word & ((tl.full([1, BYTES], 1, tl.uint64) << shift) - 1))
     ones = (word >> shift).to(tl.int32) & 255
-    row_ptr = values_ptr + tl.load(starts_ptr + n, mask=n < rows, other=0)[:, None]
-    k0, j = _next(row_ptr, j, ones, jump, 0)
-    k1, j = _next(row_ptr, j, ones, jump, 1)
-    k2, j = _next(row_ptr, j, ones, jump, 2)
-    k3, j = _next(row_ptr, j, ones, jump, 3)
-    k4, j = _next(row_ptr, j, ones, jump, 4)
-    k5, j = _next(row_ptr, j, ones, jump, 5)
-    k6, j = _next(row_ptr, j, ones, jump, 6)
-    k7, j = _next(row_ptr, j, ones, jump, 7)
+    DTYPE: tl.constexpr = values_ptr.dtype.element_ty
+    BITS: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
+    ptr = values_ptr.to(tl.pointer_type(BITS))
+    start = tl.load(starts_ptr + n, mask=n < rows, other=0)[:, None]
+    k0, j = _next(ptr, start, j, ones, jump, 0)
+    k1, j = _next(ptr, start, j, ones, jump, 1)
+    k2, j = _next(ptr, start, j, ones, jump, 2)
+    k3, j = _next(ptr, start, j, ones, jump, 3)
+    k4, j = _next(ptr, start, j, ones, jump, 4)
+    k5, j = _next(ptr, start, j, ones, jump, 5)
+    k6, j = _next(ptr, start, j, ones, jump, 6)
+    k7, j = _next(ptr, start, j, ones, jump, 7)
     even, odd = tl.join(tl.join(k0, k4), tl.join(k2, k6)), tl.join(tl.join(k1, k5), tl.join(k3, k7))
-    return tl.reshape(tl.join(even, odd), [BLOCK_N, BLOCK_K]), t * BLOCK_K, (t + 1) * BLOCK_K
+    # Integers up to here: the compiler for sm_90 breaks where what is reshaped goes into a tl.dot as it is.
+    tile = tl.reshape(tl.join(even, odd), [BLOCK_N, BLOCK_K]).to(DTYPE, bitcast=True)
+    return tile, t * BLOCK_K, (t + 1) * BLOCK_K

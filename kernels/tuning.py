@@ -92,12 +92,13 @@ TWO_FOUR_GEMV = {
 }
 
 # bitmap at M = 1, rows walked in step: n rows, a warp for each share of a row's values; and by their bits.
-ELL_GEMV = {"default": Tile(1, 32, 0, warps=8, stages=1), "interpret": Tile(1, 256, 0, warps=4, stages=1)}
+ELL_GEMV = {"default": Tile(1, 32, 0, warps=16, stages=1), "interpret": Tile(1, 256, 0, warps=4, stages=1)}
 BITMAP_GEMV = {"default": Tile(1, 8, 256, warps=4, stages=1), "interpret": Tile(1, 256, 512, warps=1, stages=1)}
 
 # Sparse formats at M > 1: tiles made dense in registers, which cost a program more the fewer rows share them.
 SPARSE_GEMM: dict[str, tuple[Tile, ...]] = {
     "default": (Tile(16, 32, 128, warps=4, stages=2), Tile(64, 64, 128, warps=4, stages=2)),
+    "sm_100": (Tile(16, 32, 128, warps=4, stages=2), Tile(64, 64, 64, warps=4, stages=2)),
     "interpret": (Tile(16, 256, 512, warps=1, stages=1), Tile(64, 256, 512, warps=1, stages=1)),
 }
 SPREAD = {"default": Tile(0, 16, 256, warps=4, stages=1), "interpret": Tile(0, 256, 512, warps=1, stages=1)}

@@ -141,7 +141,8 @@ def bridges(mask: torch.Tensor) -> torch.Tensor:
 
 def _by_bits(mask: torch.Tensor, values: torch.Tensor) -> Bitmap:
     ends = mask.sum(1).cumsum(0)
-    return Bitmap(values.clone(), **_walked(mask), starts=_places(F.pad(ends, (1, 0))[:-1], values.numel()), steps=None, columns=None, jump=0)
+    starts = _places(F.pad(ends, (1, 0))[:-1], values.numel())
+    return Bitmap(values.clone(), **_walked(mask), starts=starts, steps=None, columns=None, jump=0)
 
 
 def _walked(mask: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ Other matrices are put together tile by tile and multiplied, which takes many mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import triton_sparse, tuning
-from .sparse_layout import CHECK, RUN, UNIT, Bitmap
+from .sparse_layout import CHECK, RUN, UNIT
 from .triton_sparse import finish, halves, singles
 from .triton_sparse_tiles import bitmap_tile
 from .unit import Around
@@ -48,7 +49,7 @@ def _eight(ptr, at, mask):
     """Values at to at + 7 of ptr in fp32, `at` a multiple of 8: eight tensors of its shape."""
     words = ptr.to(tl.pointer_type(tl.int64))
     DTYPE: tl.constexpr = ptr.dtype.element_ty
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         a, b = _two_words(words, at // 2, mask)
         c, d = _two_words(words, at // 2 + 2, mask)
         v0, v1 = singles(a)
@@ -174,57 +175,53 @@ def _bitmap_gemv(
 
 
 def bitmap_linear(
-    x: torch.Tensor, laid: Bitmap, bias: torch.Tensor | None, wide: bool = False, around: Around | None = None
+    x: torch.Tensor,
+    laid: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    sizes: Sequence[int],
+    wide: bool = False,
+    around: Around | None = None,
 ) -> torch.Tensor:
-    """x [M, K], laid and bias [N] or None of its dtype -> y [M, N] of that dtype or fp32.
+    """x [M, K], sizes (N, K, jump), bias [N] or None of x's dtype -> y [M, N] of that dtype or fp32.
 
-    around: y [M, N / 2] where it has an activation; one launch. Without, more rows than tuning.EXPANDED_ROWS go to
-    cuBLAS.
+    laid: values, steps, columns for one row that is walked in step, else values, bits, ahead, starts. around: y
+    [M, N / 2] where it has an activation; one launch. Without, more rows than tuning.EXPANDED_ROWS go to cuBLAS.
     """
+    n, k, jump = sizes
     if x.shape[0] == 1:
-        return _gemv(x, laid, bias, wide, around or Around())
-    n, words = laid.bits.shape
-    tensors = (laid.values, laid.bits, laid.ahead, laid.starts)
-    weights = triton_sparse.Weights(tensors, n, x.shape[1], words, laid.jump, two_four=False)
+        return _gemv(x, laid, bias, sizes, wide, around or Around())
+    weights = triton_sparse.Weights(tuple(laid), n, k, laid[1].shape[1], jump, two_four=False)
     return triton_sparse.rows(x, weights, bias, wide, around)
 
 
-def _gemv(x: torch.Tensor, laid: Bitmap, bias: torch.Tensor | None, wide: bool, around: Around) -> torch.Tensor:
-    rows, k, name = len(laid.bits), x.shape[1], tuning.target()
+def _gemv(
+    x: torch.Tensor,
+    laid: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    sizes: Sequence[int],
+    wide: bool,
+    around: Around,
+) -> torch.Tensor:
+    (rows, k, jump), name = sizes, tuning.target()
     n = rows // (2 if around.act else 1)
     y = x.new_empty(1, n, dtype=torch.float32 if wide else x.dtype)
+    behind = (bias, around.norm, around.residual, y, n, k)
     flags: dict[str, Any] = {
         "HAS_BIAS": bias is not None,
         "NORM": around.norm is not None,
         "ACT": around.act or "",
         "ADD": around.residual is not None,
     }
-    behind = (bias, around.norm, around.residual, y, n, k)
-    if laid.steps is None or laid.columns is None:
-        tile = tuning.bitmap_tile(name, gated=bool(around.act))
-        weights = (laid.values, laid.bits, laid.ahead, laid.starts)
+    if len(laid) == 3:
+        tile, early = tuning.ELL_GEMV.get(name, tuning.ELL_GEMV["default"]), tuning.overlaps(name)
+        runs, check = len(laid[1]) * UNIT // RUN, CHECK // RUN
+        share = triton.cdiv(triton.cdiv(runs, check), tile.warps) * check
+        flags |= {"EARLY": early, "SHARES": tile.warps, "BLOCK_N": tile.n, "BLOCK_X": 1024, "num_warps": tile.warps}
+        flags |= {"launch_pdl": True} if early else {}
         grid = (triton.cdiv(n, tile.n),)
-        _bitmap_gemv[grid](x, weights, *behind, laid.bits.shape[1], laid.jump, around.eps, **flags, **tuning.blocks(tile))
+        _ell_gemv[grid](x, *laid, *behind, rows, runs, share, around.eps, **flags)
         return y
-    tile, early = tuning.ELL_GEMV.get(name, tuning.ELL_GEMV["default"]), tuning.overlaps(name)
-    runs, check = len(laid.steps) * UNIT // RUN, CHECK // RUN
-    share = triton.cdiv(triton.cdiv(runs, check), tile.warps) * check
-    _ell_gemv[(triton.cdiv(n, tile.n),)](
-        x,
-        laid.values,
-        laid.steps,
-        laid.columns,
-        *behind,
-        rows,
-        runs,
-        share,
-        around.eps,
-        **flags,
-        EARLY=early,
-        SHARES=tile.warps,
-        BLOCK_N=tile.n,
-        BLOCK_X=1024,
-        num_warps=tile.warps,
-        **({"launch_pdl": True} if early else {}),
-    )
+    tile = tuning.bitmap_tile(name, gated=bool(around.act))
+    flags |= tuning.blocks(tile)
+    _bitmap_gemv[(triton.cdiv(n, tile.n),)](x, tuple(laid), *behind, laid[1].shape[1], jump, around.eps, **flags)
     return y

@@ -42,7 +42,7 @@ def quad(ptr, group, mask):
     """Elements 4 group to 4 group + 3 in fp32, read 8 or 16 bytes at a time: four tensors as long as `group`."""
     words = ptr.to(tl.pointer_type(tl.int64))
     DTYPE: tl.constexpr = ptr.dtype.element_ty
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         at = words + 2 * group[:, None] + tl.arange(0, 2)[None, :]
         low, high = tl.split(tl.load(at, mask=mask[:, None], other=0, eviction_policy="evict_last"))
         x0, x1 = singles(low)
@@ -209,9 +209,7 @@ def gemm(
     }
     out = y if splits == 1 else x.new_empty(splits, m, n, dtype=torch.float32)
     sizes = (m, n, weights.k, weights.width, weights.jump, tiles, triton.cdiv(tiles, splits))
-    _gemm[(*grid, splits)](
-        x, weights.tensors, bias, given.norm, given.residual, out, *sizes, given.eps, **arguments
-    )
+    _gemm[(*grid, splits)](x, weights.tensors, bias, given.norm, given.residual, out, *sizes, given.eps, **arguments)
     return y if splits == 1 else add_up(out, bias, y)
 
 
@@ -224,9 +222,7 @@ def add_up(partials: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -
     return y
 
 
-def spread(
-    x: torch.Tensor, weights: Weights, bias: torch.Tensor | None, wide: bool
-) -> torch.Tensor:
+def spread(x: torch.Tensor, weights: Weights, bias: torch.Tensor | None, wide: bool) -> torch.Tensor:
     """x [M, K] times the whole weight, made dense for this one product.
 
     The scratch comes from torch's allocator: the next layer gets the same memory, on its own stream and in a captured

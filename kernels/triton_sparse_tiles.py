@@ -68,7 +68,7 @@ def bitmap_tile(weights, n, rows, t, words, jump, BLOCK_N: tl.constexpr, BLOCK_K
     j += _count(word & ((tl.full([1, BYTES], 1, tl.uint64) << shift) - 1))
     ones = (word >> shift).to(tl.int32) & 255
     DTYPE: tl.constexpr = values_ptr.dtype.element_ty
-    BITS: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
+    BITS: tl.constexpr = tl.int32 if tl.float32 == DTYPE else tl.int16
     ptr = values_ptr.to(tl.pointer_type(BITS))
     start = tl.load(starts_ptr + n, mask=n < rows, other=0)[:, None]
     k0, j = _next(ptr, start, j, ones, jump, 0)

@@ -8,21 +8,29 @@
 At 50 % zeros that is 56.25 % of dense bf16. An element is kept when any of its bits is set: -0.0 and NaN come back as
 they were. N:M patterns other than 2:4 are bitmaps whose words hold equally many bits, which prepare finds out.
 
-Paths of `apply`: see masked.py for the CPU. A GPU has no kernel yet: plain torch, counted as a fall-back.
+Paths of `apply`: see masked.py for the CPU. On a GPU (sparse_layout.py, none of it measured on one yet):
+
+    M = 1                       rows that keep nearly equally many are walked in step, others by their bits
+    M <= EXPANDED_ROWS          tiles made dense in registers, for tensor cores (tuning.py)
+    M above                     the whole weight made dense for one product of cuBLAS
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from . import masked, ops
+from . import around as around_linear
+from . import masked, ops, sparse_layout
 from .dispatch import fallback
 from .unit import Around, Packed, Prepared, Traffic, Unit
 
 NAME = "bitmap"
 VERSION = 1
+GPU_TENSORS = 7
+"""Tensors of a unit that is laid out for a GPU; there are fewer for a CPU."""
 
 
 def fits(unit: Unit) -> str | None:
@@ -69,26 +77,42 @@ def reference(x: torch.Tensor, packed: Packed, path: str) -> torch.Tensor:
 
 
 def prepare(packed: Packed, device: torch.device | str) -> Prepared:
-    """masks, values, starts and bias or None on `device`, as masked.py lays them out; raises as `decode` does."""
+    """The tensors of masked.py for a CPU, of sparse_layout.py for a GPU, then bias or None; raises as `decode` does."""
     (path, (n, k)), tensors = next(iter(packed.modules.items())), packed.tensors
     masked.check(path, tensors["bits"], tensors["values"], n, k)
+    if masked.for_triton(device):
+        bits, values = masked.where_it_is_quick([tensors["bits"], tensors["values"]], device)
+        return _of_gpu({path: (n,)}, sparse_layout.bitmap(bits, values, k), tensors.get("bias"), (n, k), device)
     return masked.lay_out(NAME, packed.modules, tensors["bits"], tensors["values"], tensors.get("bias"), device)
 
 
 def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
-    """All outputs of `parts` in order, copied; None when inputs, dtypes or biases differ."""
-    return masked.stack(parts)
+    """All outputs of `parts` in order, copied; None when inputs, dtypes, biases or ways to walk rows differ."""
+    if len(parts[0][0].tensors) != GPU_TENSORS:
+        return masked.stack(parts)
+    laid = [_laid(prepared) for prepared, _ in parts]
+    biases = [prepared.tensors[-1] for prepared, _ in parts]
+    inputs = {prepared.ints[1] for prepared, _ in parts}
+    if len(inputs) > 1 or len({(one.values.dtype, b is None) for one, b in zip(laid, biases, strict=True)}) > 1:
+        return None
+    joined = sparse_layout.side_by_side(laid)
+    if joined is None:
+        return None
+    widths = tuple(n for prepared, path in parts for n in prepared.outputs[path])
+    bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+    return _of_gpu({parts[0][1]: widths}, joined, bias, (sum(widths), *inputs), joined.values.device)
 
 
 def apply(x: torch.Tensor, prepared: Prepared, path: str, wide: bool = False) -> torch.Tensor:
     """x [M, K] contiguous -> y [M, N], or all outputs that were stacked under `path`, side by side; fp32 if wide."""
-    *laid, bias = prepared.tensors
-    return _BITMAP_LINEAR(x, laid, bias, prepared.ints, wide)
+    return _BITMAP_LINEAR(x, _read(prepared, len(x)), prepared.tensors[-1], prepared.ints, wide)
 
 
 def apply_around(x: torch.Tensor, prepared: Prepared, path: str, around: Around) -> torch.Tensor | None:
-    """None: step by step."""
-    return None
+    """`apply` with what stands around it in one launch; None where separate steps have to do it."""
+    if not masked.takes_around(x, around):
+        return None
+    return _BITMAP_AROUND(x, _read(prepared, len(x)), prepared.tensors[-1], prepared.ints, *around)
 
 
 def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
@@ -115,7 +139,10 @@ def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
 
 
 def traffic(packed: Packed, m: int) -> Traffic:
-    """Everything that `prepare` lays out once, and two flops for each value and row."""
+    """Everything that `prepare` lays out for a CPU once, and two flops for each value and row.
+
+    A GPU reads 62.5 % of dense for one token where rows are walked in step, not 56.25 %.
+    """
     n, k = next(iter(packed.modules.values()))
     return masked.traffic(n, k, packed.tensors["values"], packed.tensors.get("bias"), m)
 
@@ -140,6 +167,31 @@ def cases() -> list[Unit]:
     return [unit(n, k, dtype) for n, k in shapes for dtype in masked.DTYPES]
 
 
+def _of_gpu(
+    outputs: dict[str, tuple[int, ...]],
+    laid: sparse_layout.Bitmap,
+    bias: torch.Tensor | None,
+    shape: tuple[int, int],
+    device: torch.device | str,
+) -> Prepared:
+    there = tuple(None if tensor is None else tensor.to(device) for tensor in (*laid[:-1], bias))
+    return Prepared(NAME, outputs, there, (*shape, laid.jump))
+
+
+def _laid(prepared: Prepared) -> sparse_layout.Bitmap:
+    tensors: Any = prepared.tensors
+    return sparse_layout.Bitmap(*tensors[:-1], jump=prepared.ints[2])
+
+
+def _read(prepared: Prepared, rows: int) -> list[torch.Tensor | None]:
+    """The tensors that a product of so many rows reads: on a GPU three where rows are walked in step, else four."""
+    *laid, _ = prepared.tensors
+    if len(prepared.tensors) != GPU_TENSORS:
+        return laid
+    values, bits, ahead, starts, steps, columns = laid
+    return [values, steps, columns] if rows == 1 and steps is not None else [values, bits, ahead, starts]
+
+
 def _bitmap_cpu(
     x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], wide: bool
 ) -> torch.Tensor:
@@ -149,9 +201,12 @@ def _bitmap_cpu(
 def _bitmap_gpu(
     x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], wide: bool
 ) -> torch.Tensor:
-    masked.check_input("bitmap_linear", x, sizes[1], laid[1].dtype)
-    fallback("bitmap_linear", "no Triton kernel yet")
-    return masked.torch_path(x, laid, bias, sizes, wide)
+    kernels = ops.triton_kernels("bitmap")
+    if kernels is None:
+        fallback("bitmap_linear", "Triton is not installed")
+        return masked.torch_path(x, laid, bias, sizes, wide)
+    masked.check_input("bitmap_linear", x, sizes[1], laid[0].dtype)
+    return kernels.bitmap_linear(x, laid, bias, sizes, wide)
 
 
 _BITMAP_LINEAR = ops.register(
@@ -159,4 +214,21 @@ _BITMAP_LINEAR = ops.register(
     cpu=_bitmap_cpu,
     gpu=_bitmap_gpu,
     fake=masked.fake,
+)
+
+
+def _around_gpu(
+    x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], *around: Any
+) -> torch.Tensor:
+    masked.check_input("bitmap_linear_around", x, sizes[1], laid[0].dtype)
+    around_linear.check("bitmap_linear_around", x, sizes[0], Around(*around))
+    return ops.triton_kernels("bitmap").bitmap_linear(x, laid, bias, sizes, around=Around(*around))
+
+
+_BITMAP_AROUND = ops.register(
+    "bitmap_linear_around(Tensor x, Tensor[] laid, Tensor? bias, int[] sizes, Tensor? norm, float eps, str? act, "
+    "Tensor? residual) -> Tensor",
+    cpu=masked.around_on_cpu,
+    gpu=_around_gpu,
+    fake=masked.around_fake,
 )

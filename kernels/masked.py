@@ -22,9 +22,12 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import FolderDamaged, WrongShape
-from .dispatch import fallback
+from . import ops
+from .around import reference
+from .dense import WHOLE_ROWS
+from .dispatch import fallback, triton_ready
 from .native import library
-from .unit import Prepared, Traffic, Unit
+from .unit import Around, Prepared, Traffic, Unit
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SPARE = 32
@@ -201,6 +204,37 @@ def on_cpu(
 
 def _rows_at_once(row_bytes: int) -> int:
     return max(1, SPREAD_BYTES // max(1, row_bytes))
+
+
+def for_triton(device: torch.device | str) -> bool:
+    """Whether a unit for `device` is laid out as the Triton kernels take it; CPU's layout on meta tensors."""
+    return torch.device(device).type != "meta" and triton_ready(device)
+
+
+def where_it_is_quick(tensors: list[torch.Tensor], device: torch.device | str) -> list[torch.Tensor]:
+    """`tensors` on the GPU that they are laid out for, where there is one."""
+    return [tensor.to(device) for tensor in tensors] if torch.cuda.is_available() else tensors
+
+
+def takes_around(x: torch.Tensor, around: Around) -> bool:
+    """Whether the Triton kernels take x with what stands around: at M > 1 fp16 lacks the range for a norm's weight."""
+    if not ops.takes_triton(x) or x.shape[0] > WHOLE_ROWS[x.dtype]:
+        return False
+    return around.norm is None or x.dtype != torch.float16 or x.shape[0] == 1
+
+
+def around_on_cpu(
+    x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], *around: Any
+) -> torch.Tensor:
+    """x [M, K] times the CPU's layout, with what stands around it, step by step."""
+    return reference(x, lambda normed: torch_path(normed, laid, bias, sizes, False), Around(*around))
+
+
+def around_fake(
+    x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], *around: Any
+) -> torch.Tensor:
+    """y [M, N], or [M, N / 2] of an activation, for any layout."""
+    return x.new_empty(x.shape[0], sizes[0] // (2 if Around(*around).act else 1))
 
 
 def check_input(op: str, x: torch.Tensor, columns: int, dtype: torch.dtype) -> None:

@@ -85,6 +85,30 @@ BASIS_GEMM: dict[str, tuple[Tile, ...]] = {
     "interpret": (Tile(16, 256, 256, warps=1, stages=1), Tile(128, 256, 256, warps=1, stages=1)),
 }
 
+# two_four at M = 1: k / 32 words of a row, fewer than a program has threads, or x changes hands through shared memory.
+TWO_FOUR_GEMV = {
+    "default": Tile(1, 32, 2048, warps=4, stages=1),
+    "interpret": Tile(1, 256, 2048, warps=1, stages=1),
+}
+
+# bitmap at M = 1, rows walked in step: n rows, a warp for each share of a row's values; and by their bits.
+ELL_GEMV = {"default": Tile(1, 32, 0, warps=16, stages=1), "interpret": Tile(1, 256, 0, warps=4, stages=1)}
+BITMAP_GEMV = {"default": Tile(1, 8, 256, warps=4, stages=1), "interpret": Tile(1, 256, 512, warps=1, stages=1)}
+
+# Sparse formats at M > 1: tiles made dense in registers, which cost a program more the fewer rows share them.
+SPARSE_GEMM: dict[str, tuple[Tile, ...]] = {
+    "default": (Tile(16, 32, 128, warps=4, stages=2), Tile(64, 64, 128, warps=4, stages=2)),
+    "sm_100": (Tile(16, 32, 128, warps=4, stages=2), Tile(64, 64, 64, warps=4, stages=2)),
+    "interpret": (Tile(16, 256, 512, warps=1, stages=1), Tile(64, 256, 512, warps=1, stages=1)),
+}
+SPREAD = {"default": Tile(0, 16, 256, warps=4, stages=1), "interpret": Tile(0, 256, 512, warps=1, stages=1)}
+
+EXPANDED_ROWS = {"default": 256, "interpret": 64}
+"""Rows up to which sparse tiles are made dense in registers, once for each tile of rows; above, the weight is made
+dense in memory and cuBLAS reads it. Not measured yet. On an H100 (3 TB/s, 800 TFLOP/s) writing and reading 4 bytes a
+weight of 16 bits takes as long as the multiplications of some 500 rows; a tile of 64 rows is made dense again for the
+next 64, which is paid for by then. Memory for the scratch: one layer's largest weight, lent by torch's allocator."""
+
 # Attention: m query rows (times the heads that share a key head) against n keys a step.
 ATTENTION = {
     "default": (Tile(16, 64, 0, warps=4, stages=2), Tile(64, 64, 0, warps=4, stages=2)),
@@ -152,6 +176,30 @@ def basis_gemv_tile(outputs: tuple[int, ...], dtype: torch.dtype, name: str) -> 
     tiles, wanted = BASIS_GEMV.get(name, BASIS_GEMV["default"]), 3 * MULTIPROCESSORS.get(name, 132)
     filling = (tile for tile in tiles if sum(triton.cdiv(n, tile.n) for n in outputs) >= wanted)
     return _of_dtype(next(filling, tiles[-1]), dtype)
+
+
+def expanded_rows(dtype: torch.dtype, name: str) -> int:
+    """Rows up to which `_gemm` of triton_sparse.py is the path; fp32 has no tensor cores at full precision."""
+    rows = EXPANDED_ROWS.get(name, EXPANDED_ROWS["default"])
+    return min(rows, 16) if dtype == torch.float32 else rows
+
+
+def sparse_tile(m: int, dtype: torch.dtype, name: str, gated: bool) -> Tile:
+    """The launch of M = m > 1 rows of a sparse format; gate and up share its n, down to the 16 of tensor cores."""
+    tile = pick(SPARSE_GEMM.get(name, SPARSE_GEMM["default"]), m)
+    return _of_dtype(tile._replace(n=max(tile.n // 2, 16)) if gated else tile, dtype)
+
+
+def two_four_tile(name: str, gated: bool) -> Tile:
+    """The launch of M = 1 of two_four; gate and up share its n."""
+    tile = TWO_FOUR_GEMV.get(name, TWO_FOUR_GEMV["default"])
+    return tile._replace(n=tile.n // 2) if gated else tile
+
+
+def bitmap_tile(name: str, gated: bool) -> Tile:
+    """The launch of M = 1 of bitmap by its bits; gate and up share its n."""
+    tile = BITMAP_GEMV.get(name, BITMAP_GEMV["default"])
+    return tile._replace(n=tile.n // 2) if gated else tile
 
 
 def decode_tile(group: int, name: str) -> Tile:

@@ -9,25 +9,33 @@ lower half. The first position is always below the second. Where fewer than two 
 have one) the lowest free positions hold zeros, so that a weight has one form only. 56.25 % of dense bf16 at any data.
 
 Paths of `apply`: see masked.py for the CPU, which takes two bits of every four as a bitmap whose words are all half
-full. A GPU has no kernel yet: plain torch, counted as a fall-back.
+full. On a GPU (sparse_layout.py, none of it measured on one yet):
+
+    M = 1                       each value picks one of its group's four inputs (triton_two_four.py)
+    M <= EXPANDED_ROWS          tiles made dense in registers, for tensor cores (tuning.py)
+    M above                     the whole weight made dense for one product of cuBLAS
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..errors import FolderDamaged, WrongShape
-from . import masked, ops
+from . import around as around_linear
+from . import masked, ops, sparse_layout
 from .dispatch import fallback
 from .unit import Around, Packed, Prepared, Traffic, Unit
 
 NAME = "two_four"
 VERSION = 1
 GROUP = 4
+GPU_TENSORS = 3
+"""Tensors of a unit that is laid out for a GPU; there are more for a CPU."""
 _NONE = 0xFF
 
 
@@ -107,15 +115,29 @@ def reference(x: torch.Tensor, packed: Packed, path: str) -> torch.Tensor:
 
 
 def prepare(packed: Packed, device: torch.device | str) -> Prepared:
-    """masks, values, starts and bias or None on `device`, as masked.py lays them out; raises as `decode` does."""
-    tensors = packed.tensors
-    bits = torch.empty_like(tensors["positions"]) if tensors["positions"].is_meta else _bits(packed)
-    return masked.lay_out(NAME, packed.modules, bits, tensors["values"].flatten(), tensors.get("bias"), device)
+    """The tensors of masked.py for a CPU, of sparse_layout.py for a GPU, then bias or None; raises as `decode` does."""
+    (path, (n, k)), tensors = next(iter(packed.modules.items())), packed.tensors
+    values, positions, bias = tensors["values"], tensors["positions"], tensors.get("bias")
+    bits = torch.empty_like(positions) if positions.is_meta else _bits(packed)
+    if not masked.for_triton(device):
+        return masked.lay_out(NAME, packed.modules, bits, values.flatten(), bias, device)
+    laid = sparse_layout.two_four(*masked.where_it_is_quick([values, positions], device), k)
+    there = (*(tensor.to(device) for tensor in laid), None if bias is None else bias.to(device))
+    return Prepared(NAME, {path: (n,)}, there, (n, k))
 
 
 def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
     """All outputs of `parts` in order, copied; None when inputs, dtypes or biases differ."""
-    return masked.stack(parts)
+    if len(parts[0][0].tensors) != GPU_TENSORS:
+        return masked.stack(parts)
+    values, words, biases = zip(*(prepared.tensors for prepared, _ in parts), strict=True)
+    inputs = {prepared.ints[1] for prepared, _ in parts}
+    if len(inputs) > 1 or len({(v.dtype, b is None) for v, b in zip(values, biases, strict=True)}) > 1:
+        return None
+    widths = tuple(n for prepared, path in parts for n in prepared.outputs[path])
+    bias = None if biases[0] is None else torch.cat(biases)
+    joined = (torch.cat(values), torch.cat(words), bias)
+    return Prepared(NAME, {parts[0][1]: widths}, joined, (sum(widths), *inputs))
 
 
 def apply(x: torch.Tensor, prepared: Prepared, path: str, wide: bool = False) -> torch.Tensor:
@@ -125,8 +147,11 @@ def apply(x: torch.Tensor, prepared: Prepared, path: str, wide: bool = False) ->
 
 
 def apply_around(x: torch.Tensor, prepared: Prepared, path: str, around: Around) -> torch.Tensor | None:
-    """None: step by step."""
-    return None
+    """`apply` with what stands around it in one launch; None where separate steps have to do it."""
+    if not masked.takes_around(x, around):
+        return None
+    *laid, bias = prepared.tensors
+    return _TWO_FOUR_AROUND(x, laid, bias, prepared.ints, *around)
 
 
 def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
@@ -156,7 +181,10 @@ def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
 
 
 def traffic(packed: Packed, m: int) -> Traffic:
-    """Everything that `prepare` lays out once, and two flops for each value and row."""
+    """Everything that `prepare` lays out for a CPU once, and two flops for each value and row.
+
+    A GPU reads 8 bytes a row less.
+    """
     n, k = next(iter(packed.modules.values()))
     return masked.traffic(n, k, packed.tensors["values"], packed.tensors.get("bias"), m)
 
@@ -216,9 +244,12 @@ def _two_four_cpu(
 def _two_four_gpu(
     x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], wide: bool
 ) -> torch.Tensor:
-    masked.check_input("two_four_linear", x, sizes[1], laid[1].dtype)
-    fallback("two_four_linear", "no Triton kernel yet")
-    return masked.torch_path(x, laid, bias, sizes, wide)
+    kernels = ops.triton_kernels("two_four")
+    if kernels is None:
+        fallback("two_four_linear", "Triton is not installed")
+        return masked.torch_path(x, laid, bias, sizes, wide)
+    masked.check_input("two_four_linear", x, sizes[1], laid[0].dtype)
+    return kernels.two_four_linear(x, *laid, bias, wide)
 
 
 _TWO_FOUR_LINEAR = ops.register(
@@ -226,4 +257,21 @@ _TWO_FOUR_LINEAR = ops.register(
     cpu=_two_four_cpu,
     gpu=_two_four_gpu,
     fake=masked.fake,
+)
+
+
+def _around_gpu(
+    x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], *around: Any
+) -> torch.Tensor:
+    masked.check_input("two_four_linear_around", x, sizes[1], laid[0].dtype)
+    around_linear.check("two_four_linear_around", x, sizes[0], Around(*around))
+    return ops.triton_kernels("two_four").two_four_linear(x, *laid, bias, around=Around(*around))
+
+
+_TWO_FOUR_AROUND = ops.register(
+    "two_four_linear_around(Tensor x, Tensor[] laid, Tensor? bias, int[] sizes, Tensor? norm, float eps, str? act, "
+    "Tensor? residual) -> Tensor",
+    cpu=masked.around_on_cpu,
+    gpu=_around_gpu,
+    fake=masked.around_fake,
 )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from .errors import UnsupportedModel
-from .spec import Layer, Names, Rope, Spec
+from .spec import WIDTHS, Layer, Names, Rope, Spec
 
 Config = dict[str, Any]
 
@@ -77,9 +77,26 @@ def read(config: Config) -> Spec:
     if foreign != "pared":
         raise UnsupportedModel(f"quantization_config.quant_method is {foreign!r}: convert the unquantised checkpoint")
     try:
-        return reader(config)
+        spec = reader(config)
     except KeyError as missing:
         raise UnsupportedModel(f"config.json of model_type {family!r} lacks {missing}") from None
+    return spec if config.get(WIDTHS) is None else _narrowed(spec, config[WIDTHS])
+
+
+def _narrowed(spec: Spec, widths: Any) -> Spec:
+    """The spec whose layers have the heads and FFN widths that the config lists."""
+    if not isinstance(widths, list) or len(widths) != len(spec.layers):
+        raise UnsupportedModel(f"{WIDTHS} must list {len(spec.layers)} layers, got {widths!r}")
+    layers = []
+    for i, (layer, given) in enumerate(zip(spec.layers, widths, strict=True)):
+        counts = [given.get(key) for key in ("heads", "kv_heads", "ffn")] if isinstance(given, dict) else [None]
+        if not all(isinstance(count, int) and count > 0 for count in counts) or counts[0] % counts[1]:
+            raise UnsupportedModel(
+                f"{WIDTHS} gives layer {i} {given!r}; it needs positive heads, kv_heads and ffn, "
+                "and heads in multiples of kv_heads"
+            )
+        layers.append(replace(layer, heads=counts[0], kv_heads=counts[1], ffn=counts[2]))
+    return replace(spec, layers=tuple(layers))
 
 
 def _act(config: Config, key: str, default: str) -> str:

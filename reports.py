@@ -177,7 +177,7 @@ def folder_report(folder: Folder) -> FolderReport:
         add(_kind(name.rpartition(".")[0]), list(manifest.tensors[name].shape), size, size)
     disk = sum(file.stat().st_size for file in folder.path.iterdir() if file.is_file())
     family = str(folder.config.get("model_type"))
-    return FolderReport(str(folder.path), family, manifest.stock, list(kinds.values()), disk, manifest.provenance)
+    return FolderReport(str(folder.path), family, folder.stock, list(kinds.values()), disk, manifest.provenance)
 
 
 def _form(folder: Folder, unit: UnitEntry) -> tuple[str, int]:

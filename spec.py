@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+WIDTHS = "layer_widths"
+"""The config's key, of ours, for layers that differ: one {"heads", "kv_heads", "ffn"} for each, in order."""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -137,6 +140,10 @@ class Spec:
         if not self.tied:
             found.append(Linear(self.names.head, self.vocab, self.embed_dim, bias=False))
         return {linear.path: linear for linear in found}
+
+    def in_layers(self) -> set[str]:
+        """The paths of the linears inside the layers: all but the head and the projections of embeddings."""
+        return {linear.path for i in range(len(self.layers)) for linear in self._layer_linears(i)}
 
     def _layer_linears(self, i: int) -> list[Linear]:
         layer = self.layers[i]

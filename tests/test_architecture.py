@@ -23,7 +23,7 @@ SAME_ROOM = {
 MAY_IMPORT = {
     "errors": set(),
     "families": {"errors"},
-    "compact": {"errors"},
+    "compact": {"errors", "families"},
     "kernels": {"errors"},
     "converters": {*CONTRACT, "kernels"},
     "runtime": {*CONTRACT, "kernels"},

@@ -35,9 +35,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import dense, int8, shared_basis
+from . import bitmap, dense, int8, shared_basis, two_four
 
-FORMATS: tuple[ModuleType, ...] = (dense, shared_basis, int8)
+FORMATS: tuple[ModuleType, ...] = (dense, shared_basis, int8, two_four, bitmap)
 
 
 def by_name(name: str) -> ModuleType:

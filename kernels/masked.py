@@ -1,0 +1,172 @@
+"""What bitmap and two_four share: a bit for every weight, set where it is kept, and the kept values in row order.
+
+    W [N=1, K=6] = | a 0 0 b 0 c |      bits   uint8 [N, ceil(K / 8)]   0b00101001, lowest bit first
+                                        values [3]                      a b c
+
+On a CPU, and wherever no kernel of its own takes it, a format is laid out for VPEXPAND, which puts the next values
+where a mask has ones:
+
+    masks   int32 [N, ceil(K / 32)]     bit i of word j stands for column 32 j + i
+    values  [kept + SPARE]              row after row; a kernel loads whole registers and so reads past the last one
+    starts  int64 [N]                   where the values of a row begin
+    ints    (N, K, per_word)            per_word: the bits of every word that lies within K, 0 where they differ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..errors import FolderDamaged, WrongShape
+from .unit import Prepared, Traffic, Unit
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SPARE = 32
+"""Values behind the last: the most that a register takes, less those that are there."""
+
+WORD = 32
+_COUNTS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
+
+
+def fits(name: str, unit: Unit) -> str | None:
+    """None when the unit is one linear module of one dtype, else what keeps it out of the format `name`."""
+    weight, bias = unit.tensors.get("weight"), unit.tensors.get("bias")
+    if weight is None or unit.tensors.keys() - {"weight", "bias"}:
+        return f"{name} stores a weight and perhaps a bias, the unit has {sorted(unit.tensors)}"
+    dtypes = {tensor.dtype for tensor in unit.tensors.values()}
+    if len(dtypes) > 1 or weight.dtype not in DTYPES:
+        return f"{name} takes one dtype of bfloat16, float16 and float32, the unit has {sorted(map(str, dtypes))}"
+    if list(unit.modules.values()) != [tuple(weight.shape)]:
+        return f"the weight is {tuple(weight.shape)}, the modules are {unit.modules}"
+    if bias is not None and tuple(bias.shape) != weight.shape[:1]:
+        return f"the bias is {tuple(bias.shape)}, the outputs are {weight.shape[0]}"
+    return None
+
+
+def kept(weight: torch.Tensor) -> torch.Tensor:
+    """bool [N, K]: where any bit of an element is set, so that -0.0 and NaN are kept."""
+    return weight.contiguous().view(torch.int32 if weight.dtype == torch.float32 else torch.int16) != 0
+
+
+def to_bits(mask: torch.Tensor) -> torch.Tensor:
+    """bool [N, K] -> uint8 [N, ceil(K / 8)], lowest bit first."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1, bitorder="little"))
+
+
+def from_bits(bits: torch.Tensor, columns: int) -> torch.Tensor:
+    """uint8 [N, ceil(columns / 8)] -> bool [N, columns]."""
+    unpacked = np.unpackbits(bits.cpu().numpy(), axis=1, count=columns, bitorder="little")
+    return torch.from_numpy(unpacked.view(np.bool_)).to(bits.device)
+
+
+def counts(bits: torch.Tensor) -> np.ndarray:
+    """uint8 [...] -> how many bits each byte has, uint8."""
+    return np.asarray(_COUNTS[bits.cpu().numpy()])
+
+
+def dense(bits: torch.Tensor, values: torch.Tensor, columns: int) -> torch.Tensor:
+    """W [N, columns]: `values` in row order where `bits` has ones, else zero."""
+    weight = values.new_zeros(bits.shape[0], columns)
+    return weight.masked_scatter_(from_bits(bits, columns), values)
+
+
+def check(path: str, bits: torch.Tensor, values: torch.Tensor, n: int, k: int) -> None:
+    """WrongShape or FolderDamaged unless every value belongs to a bit within [n, k]; shapes alone on meta tensors."""
+    if (bits.dtype, tuple(bits.shape)) != (torch.uint8, (n, -(-k // 8))) or values.dtype not in DTYPES:
+        raise WrongShape(
+            f"{path} [{n}, {k}] wants bits [{n}, {-(-k // 8)}] of uint8 and values of bf16, fp16 or fp32, "
+            f"got {tuple(bits.shape)} of {bits.dtype} and {values.dtype}; convert the model again"
+        )
+    if bits.is_meta or values.is_meta:
+        return
+    marked = int(counts(bits).sum(dtype=np.int64))
+    if values.shape != (marked,):
+        raise WrongShape(
+            f"{path}: {marked} weights are marked as kept, but its values are {tuple(values.shape)}; "
+            f"convert the model again"
+        )
+    if k % 8 and bool((bits[:, -1] >> k % 8).any()):
+        raise FolderDamaged(f"{path}: a weight behind column {k} is marked as kept; convert the model again")
+
+
+def lay_out(
+    name: str,
+    modules: dict[str, tuple[int, int]],
+    bits: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    device: torch.device | str,
+) -> Prepared:
+    """The CPU's layout of checked bits and values, then `bias` [N] or None; on meta tensors per_word is not known."""
+    (path, (n, k)), words = next(iter(modules.items())), -(-bits.shape[1] // 4)
+    spare = values.new_zeros(SPARE)
+    masks = F.pad(bits, (0, 4 * words - bits.shape[1])).view(torch.int32)
+    starts, per_word = torch.empty(n, dtype=torch.int64, device=bits.device), 0
+    if not bits.is_meta and torch.device(device).type != "meta":
+        each = counts(masks.view(torch.uint8)).reshape(n, words, 4).sum(axis=2, dtype=np.uint8)
+        ends = each.sum(axis=1, dtype=np.int64).cumsum()
+        starts = torch.from_numpy(np.concatenate(([0], ends[:-1])))
+        per_word = _common(each[:, : k // WORD])
+    tensors = (masks, torch.cat([values, spare]), starts, bias)
+    there = tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
+    return Prepared(name, {path: (n,)}, there, (n, k, per_word))
+
+
+def _common(each: np.ndarray) -> int:
+    """The number that all of `each` are, else 0."""
+    return int(each[0, 0]) if each.size and (each == each[0, 0]).all() else 0
+
+
+def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
+    """The CPU's layout of all outputs of `parts` in order, copied; None when inputs, dtypes or biases differ."""
+    laid: list[Any] = [prepared.tensors for prepared, _ in parts]
+    masks, values, starts, biases = zip(*laid, strict=True)
+    _, inputs, per_word = zip(*(prepared.ints for prepared, _ in parts), strict=True)
+    if len({(k, v.dtype, b is None) for k, v, b in zip(inputs, values, biases, strict=True)}) != 1:
+        return None
+    ends = np.cumsum([0, *(len(v) - SPARE for v in values)]).tolist()
+    tensors = (
+        torch.cat(masks),
+        torch.cat([*(v[:-SPARE] for v in values), values[0][-SPARE:]]),
+        torch.cat([start + end for start, end in zip(starts, ends, strict=False)]),
+        None if biases[0] is None else torch.cat(biases),
+    )
+    widths = tuple(n for prepared, path in parts for n in prepared.outputs[path])
+    ints = (sum(widths), inputs[0], per_word[0] if len(set(per_word)) == 1 else 0)
+    return Prepared(parts[0][0].format, {parts[0][1]: widths}, tensors, ints)
+
+
+def traffic(n: int, k: int, values: torch.Tensor, bias: torch.Tensor | None, m: int) -> Traffic:
+    """Masks, starts, values and bias once, and two flops for each value and row."""
+    laid = n * (4 * -(-k // WORD) + 8) + (values.numel() + SPARE) * values.element_size()
+    return Traffic(laid + (0 if bias is None else bias.nbytes), 2 * m * values.numel())
+
+
+def torch_path(
+    x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], wide: bool
+) -> torch.Tensor:
+    """x [M, K] times the CPU's layout in plain torch, by way of the whole weight: for where no kernel runs."""
+    masks, values, _ = laid
+    whole = dense(masks.view(torch.uint8), values[:-SPARE], WORD * masks.shape[1])
+    y = F.linear(x, whole[:, : sizes[1]], bias)
+    return y.float() if wide else y
+
+
+def check_input(op: str, x: torch.Tensor, columns: int, dtype: torch.dtype) -> None:
+    """ValueError unless x is contiguous [M, columns] of `dtype`."""
+    if x.dim() != 2 or x.shape[1] != columns or x.dtype != dtype or not x.is_contiguous():
+        raise ValueError(
+            f"{op} wants contiguous x [M, {columns}] of {dtype}, "
+            f"got {tuple(x.shape)} of {x.dtype} with strides {x.stride()}"
+        )
+
+
+def fake(
+    x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], wide: bool
+) -> torch.Tensor:
+    """y [M, N] for any layout: the first of `sizes` is N."""
+    return x.new_empty(x.shape[0], sizes[0], dtype=torch.float32 if wide else x.dtype)

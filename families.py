@@ -89,13 +89,15 @@ def _narrowed(spec: Spec, widths: Any) -> Spec:
         raise UnsupportedModel(f"{WIDTHS} must list {len(spec.layers)} layers, got {widths!r}")
     layers = []
     for i, (layer, given) in enumerate(zip(spec.layers, widths, strict=True)):
-        counts = [given.get(key) for key in ("heads", "kv_heads", "ffn")] if isinstance(given, dict) else [None]
+        own = given if isinstance(given, dict) else {}
+        counts: list[Any] = [own.get(key) for key in ("heads", "kv_heads", "ffn")]
         if not all(isinstance(count, int) and count > 0 for count in counts) or counts[0] % counts[1]:
             raise UnsupportedModel(
                 f"{WIDTHS} gives layer {i} {given!r}; it needs positive heads, kv_heads and ffn, "
                 "and heads in multiples of kv_heads"
             )
-        layers.append(replace(layer, heads=counts[0], kv_heads=counts[1], ffn=counts[2]))
+        heads, kv_heads, ffn = counts
+        layers.append(replace(layer, heads=heads, kv_heads=kv_heads, ffn=ffn))
     return replace(spec, layers=tuple(layers))
 
 

@@ -87,7 +87,7 @@ def _sparsity(plain: Source) -> _Sparsity:
                 "of plain weights: take the checkpoint from before quantisation"
             )
     found = [holder.get("sparsity_config") for holder in (*holders, plain.config)]
-    said = next((one for one in found if one), {})
+    said: dict[str, Any] = next((one for one in found if one), {})
     format = said.get("format", DENSE)
     if format not in (*PARTS, DENSE):
         raise SourceError(

@@ -37,9 +37,11 @@ def open_source(plain: Source) -> Source:
     found = _widths(plain, spec)
     if not listed and (None in found or all(w == _of(spec, i) for i, w in enumerate(found))):
         return plain  # as the config says, or in shapes of which each will be named
-    for i, widths in enumerate(found):
-        if widths is None:
-            raise SourceError(f"{plain.path}: layer {i} lacks linears, or they do not fit each other; is it complete?")
+    if None in found:
+        lacking = found.index(None)
+        raise SourceError(
+            f"{plain.path}: layer {lacking} lacks linears, or they do not fit each other; is the download complete?"
+        )
     widths = [w for w in found if w]
     head_dim = _head_dim(plain, spec, widths, listed.get(keys[0]))
     layers = [_counts(plain, i, w, head_dim) for i, w in enumerate(widths)]
@@ -67,7 +69,9 @@ def _listed(config: dict[str, Any], key: str) -> list[Any] | None:
 
 def _scalars(config: dict[str, Any], keys: Sequence[str], listed: dict[str, list[Any]]) -> dict[str, Any]:
     """The config with one number for each list, so that it can be read; which number does not matter yet."""
-    numbers = {key: max((n for n in values if isinstance(n, int)), default=1) for key, values in listed.items()}
+    numbers: dict[str, Any] = {
+        key: max((n for n in values if isinstance(n, int)), default=1) for key, values in listed.items()
+    }
     heads, kv_heads, _ = keys
     if listed.keys() & {heads, kv_heads}:
         numbers[kv_heads] = numbers.get(heads, config.get(heads))

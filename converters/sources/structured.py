@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from ... import families
@@ -137,12 +138,9 @@ def _counts(plain: Source, i: int, widths: _Widths, head_dim: int) -> tuple[int,
 
 
 def _agree(plain: Source, key: str, listed: list[Any] | None, found: list[int]) -> None:
-    if listed is None or listed == found:
-        return
-    wrong = next((i for i, pair in enumerate(zip(listed, found, strict=False)) if pair[0] != pair[1]), len(found))
-    said = listed[wrong] if wrong < len(listed) else None
-    has = found[wrong] if wrong < len(found) else "no such layer"
-    raise SourceError(
-        f"{plain.path}: {key} in config.json lists {said} for layer {wrong}, its tensors have {has}; "
-        "config and weights are of different models, or the list is out of order"
-    )
+    for i, (said, has) in enumerate(zip_longest(listed or found, found)):
+        if said != has:
+            raise SourceError(
+                f"{plain.path}: {key} in config.json lists {said} for layer {i}, its tensors have {has}; "
+                "config and weights are of different models, or the list is out of order"
+            )

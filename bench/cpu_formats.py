@@ -1,7 +1,8 @@
-"""One decoder layer on this CPU in every form that shared_basis gives it, against our own best dense, interleaved.
+"""One decoder layer on this CPU in every compressed form, against our own best dense, interleaved.
 
-A layer is its linears alone, q|k|v, o, gate|up and down, at the shapes of Llama-2-7B and Llama-3-8B with the ranks that
-Basis Sharing chooses for groups of two. Weights are cold as in cpu_linear.py. The dense side is the faster of the
+A layer is its linears alone, q|k|v, o, gate|up and down, at the shapes of Llama-2-7B and Llama-3-8B: with the ranks
+that Basis Sharing chooses for groups of two, and with half of the weights zero, anywhere (bitmap) or two of every four
+(two_four). Weights are cold as in cpu_linear.py. The dense side is the faster of the
 dense format and F.linear at that M. No time is given for a form whose result is not as near to the unrounded one as
 plain torch's in the same dtype.
 """
@@ -9,6 +10,8 @@ plain torch's in the same dtype.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import KernelError
 from ..kernels.dispatch import set_threads
 from . import record
+from .cold_sparse import SPARSE, SparseWeights, rows_as_packed
 from .cpu_linear import Ceiling, Weights, buffer_of, last_level_cache, reads_of, rotated_bytes, seconds_of
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ SETS: tuple[tuple[str, ...], ...] = (  # modules that read the same input
 )
 RATIOS, FORMS, GROUP = (20, 50), ("pivoted", "factored"), 2
 DENSE, TORCH = "dense", "F.linear"
-SIDES = (DENSE, TORCH, *(f"{form} {ratio} %" for ratio in RATIOS for form in FORMS))
+SIDES = (DENSE, TORCH, *(f"{form} {ratio} %" for ratio in RATIOS for form in FORMS), *SPARSE)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 CHECKED_ROWS = 2  # of x: the reference computes in fp32, slowly
 COLUMNS = ("M", "form", "time_us", "MB", "GB/s", "% of ceiling", "best dense / this (quartiles)")
@@ -93,7 +97,7 @@ def measure(name: str, dtype: torch.dtype, rows: Sequence[int], rounds: int) -> 
     if native is None:
         raise KernelError(library.why_not())
     generator = torch.Generator().manual_seed(0)
-    layer, weights = plan(name), Weights(buffer_of(dtype, rotated_bytes(), generator))
+    layer, weights = plan(name), SparseWeights(buffer_of(dtype, rotated_bytes(), generator), generator)
     cases = [Case(side, m) for m in rows for side in SIDES]
     result, ceiling = record.circumstances(), Ceiling(reads_of(weights.buffer, native))
     with torch.inference_mode():
@@ -138,16 +142,23 @@ def _pack(side: str, module: Module, weights: Weights) -> Packed:
     return Packed(shared_basis.NAME, shared_basis.VERSION, shapes, tensors)
 
 
-def _prepare(side: str, modules: list[Module], packs: list[Packed], weights: Weights) -> Prepared:
-    """What the decoder holds for modules with one input; dense ones are laid side by side as the loader would."""
+def _made(side: str, modules: list[Module], weights: SparseWeights) -> tuple[list[Packed], Prepared]:
+    """Cold weights of modules with one input, each packed, and laid side by side as the loader would."""
     from ..kernels import dense, formats
     from ..kernels.unit import Prepared
 
+    widths, path = tuple(module.n for module in modules), modules[0].path
+    if side in SPARSE:
+        prepared = weights.take_sparse(side, sum(widths), modules[0].k)
+        ends = list(itertools.accumulate(widths, initial=0))
+        rows = zip(modules, ends, ends[1:], strict=False)
+        packs = [rows_as_packed(prepared, start, stop, module.path) for module, start, stop in rows]
+        return packs, dataclasses.replace(prepared, outputs={path: widths})
+    packs = [_pack(side, module, weights) for module in modules]
     if side in (DENSE, TORCH):
-        widths = tuple(module.n for module in modules)
-        return Prepared(dense.NAME, {modules[0].path: widths}, (weights.take(sum(widths), modules[0].k), None))
+        return packs, Prepared(dense.NAME, {path: widths}, (weights.take(sum(widths), modules[0].k), None))
     module = formats.by_name(packs[0].format)
-    return module.stack([(module.prepare(p, "cpu"), m.path) for p, m in zip(packs, modules, strict=True)])
+    return packs, module.stack([(module.prepare(p, "cpu"), m.path) for p, m in zip(packs, modules, strict=True)])
 
 
 def _call(side: str, x: torch.Tensor, prepared: Prepared, path: str) -> Callable[[], torch.Tensor]:
@@ -162,7 +173,7 @@ def _call(side: str, x: torch.Tensor, prepared: Prepared, path: str) -> Callable
 
 
 def _check(
-    case: Case, layer: list[list[Module]], weights: Weights, dtype: torch.dtype, generator: torch.Generator
+    case: Case, layer: list[list[Module]], weights: SparseWeights, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     """Note the bytes; raise KernelError unless `apply` is as near to the unrounded result as `reference` is."""
     import torch
@@ -171,12 +182,11 @@ def _check(
     from .truth import rms_error
 
     for modules in layer:
-        packs = [_pack(case.side, module, weights) for module in modules]
+        packs, prepared = _made(case.side, modules, weights)
         case.weight_bytes += sum(formats.by_name(p.format).traffic(p, case.m).weight_bytes for p in packs)
         if case.side in (DENSE, TORCH):
             continue  # cpu_linear.py has checked both
         x = torch.randn(case.m, modules[0].k, generator=generator).to(dtype)
-        prepared = _prepare(case.side, modules, packs, weights)
         y = _call(case.side, x, prepared, modules[0].path)()[:CHECKED_ROWS]
         few, reference = x[:CHECKED_ROWS], formats.by_name(packs[0].format).reference
         pairs = list(zip(packs, (module.path for module in modules), strict=True))
@@ -189,14 +199,13 @@ def _check(
 
 
 def _time(
-    case: Case, layer: list[list[Module]], weights: Weights, dtype: torch.dtype, generator: torch.Generator
+    case: Case, layer: list[list[Module]], weights: SparseWeights, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     import torch
 
     seconds = []
     for modules in layer:
-        packs = [] if case.side in (DENSE, TORCH) else [_pack(case.side, module, weights) for module in modules]
-        prepared = _prepare(case.side, modules, packs, weights)
+        _, prepared = _made(case.side, modules, weights)
         x = torch.randn(case.m, modules[0].k, generator=generator).to(dtype)
         seconds.append(seconds_of(_call(case.side, x, prepared, modules[0].path)))
     case.seconds.append(seconds)
@@ -204,19 +213,25 @@ def _time(
 
 def _summary(case: Case, cases: list[Case], ceiling: float) -> dict[str, Any]:
     ours = record.quartiles(case.layer())
-    denses = [other.layer() for other in cases if other.m == case.m and other.side in (DENSE, TORCH)]
-    best = min(denses, key=lambda seconds: record.quartiles(seconds)[1])
+    denses = [other for other in cases if other.m == case.m and other.side in (DENSE, TORCH)]
+    best = min(denses, key=lambda dense: record.quartiles(dense.layer())[1])
     rate = case.weight_bytes / ours[1] / 1e9
     return {
         "side": case.side,
         "m": case.m,
         "bytes": case.weight_bytes,
         "time_us": [1e6 * seconds for seconds in ours],
-        "sets_us": [1e6 * record.quartiles(list(seconds))[1] for seconds in zip(*case.seconds, strict=True)],
-        "ratio": record.ratios(case.layer(), best),
+        "sets_ratio": [record.ratios(*sets) for sets in zip(_by_set(case), _by_set(best), strict=True)],
+        "sets_us": [1e6 * record.quartiles(seconds)[1] for seconds in _by_set(case)],
+        "ratio": record.ratios(case.layer(), best.layer()),
         "gb_per_s": rate,
         "percent_of_ceiling": 100 * rate / ceiling,
     }
+
+
+def _by_set(case: Case) -> list[list[float]]:
+    """Seconds of every round, for each set of the layer."""
+    return [list(seconds) for seconds in zip(*case.seconds, strict=True)]
 
 
 def lines(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -30,7 +30,7 @@ def fits(unit: Unit) -> str | None:
     if reason := masked.fits(NAME, unit):
         return reason
     weight = unit.tensors["weight"]
-    zeros = weight.numel() - int(masked.kept(weight).sum())
+    zeros = weight.numel() - int(masked.kept(weight).count_nonzero())
     if -(-weight.shape[1] // 8) * weight.shape[0] < zeros * weight.element_size():
         return None
     return f"{zeros / max(1, weight.numel()):.1%} of its weights are zero, which saves less than a bit for each takes"
@@ -41,9 +41,9 @@ def encode(unit: Unit) -> Packed:
     reason = fits(unit)
     if reason:
         raise ValueError(reason)
-    weight, bias = unit.tensors["weight"], unit.tensors.get("bias")
+    weight, bias = unit.tensors["weight"].contiguous(), unit.tensors.get("bias")
     mask = masked.kept(weight)
-    tensors = {"bits": masked.to_bits(mask), "values": weight[mask]}
+    tensors = {"bits": masked.to_bits(mask), "values": masked.pick(weight, mask)}
     return Packed(NAME, VERSION, dict(unit.modules), tensors | ({} if bias is None else {"bias": bias.contiguous()}))
 
 
@@ -143,9 +143,7 @@ def cases() -> list[Unit]:
 def _bitmap_cpu(
     x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], wide: bool
 ) -> torch.Tensor:
-    masked.check_input("bitmap_linear", x, sizes[1], laid[1].dtype)
-    fallback("bitmap_linear", "no kernel yet")
-    return masked.torch_path(x, laid, bias, sizes, wide)
+    return masked.on_cpu("bitmap_linear", x, laid, bias, sizes, wide)
 
 
 def _bitmap_gpu(

@@ -22,11 +22,16 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import FolderDamaged, WrongShape
+from .dispatch import fallback
+from .native import library
 from .unit import Prepared, Traffic, Unit
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SPARE = 32
 """Values behind the last: the most that a register takes, less those that are there."""
+
+SPREAD_BYTES = 4 << 20
+"""Of rows that are made dense at once for F.linear: they should stay in the second-level caches until they are read."""
 
 WORD = 32
 _COUNTS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
@@ -49,12 +54,21 @@ def fits(name: str, unit: Unit) -> str | None:
 
 def kept(weight: torch.Tensor) -> torch.Tensor:
     """bool [N, K]: where any bit of an element is set, so that -0.0 and NaN are kept."""
-    return weight.contiguous().view(torch.int32 if weight.dtype == torch.float32 else torch.int16) != 0
+    return weight.contiguous().view(_integers(weight.dtype)) != 0
+
+
+def _integers(dtype: torch.dtype) -> torch.dtype:
+    return torch.int32 if dtype == torch.float32 else torch.int16
 
 
 def to_bits(mask: torch.Tensor) -> torch.Tensor:
     """bool [N, K] -> uint8 [N, ceil(K / 8)], lowest bit first."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1, bitorder="little"))
+
+
+def pick(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The elements of `weight` where `mask` is true, in row order; twice as fast as torch's own."""
+    return torch.from_numpy(weight.view(_integers(weight.dtype)).numpy()[mask.numpy()]).view(weight.dtype)
 
 
 def from_bits(bits: torch.Tensor, columns: int) -> torch.Tensor:
@@ -154,6 +168,39 @@ def torch_path(
     whole = dense(masks.view(torch.uint8), values[:-SPARE], WORD * masks.shape[1])
     y = F.linear(x, whole[:, : sizes[1]], bias)
     return y.float() if wide else y
+
+
+def on_cpu(
+    op: str,
+    x: torch.Tensor,
+    laid: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    sizes: Sequence[int],
+    wide: bool,
+) -> torch.Tensor:
+    """x [M, K] times the CPU's layout by the path of choice."""
+    masks, values, starts = laid
+    n, k, per_word = sizes
+    check_input(op, x, k, values.dtype)
+    native = library.load()
+    if native is None:
+        fallback(op, library.why_not())
+        return torch_path(x, laid, bias, sizes, wide)
+    y = x.new_empty(x.shape[0], n, dtype=torch.float32 if wide else x.dtype)
+    rows = native.sparse_rows(x.dtype)
+    if x.shape[0] <= rows or (wide and rows):
+        native.sparse_linear(x, masks, values, starts, bias, per_word, y)
+        return y
+    part = x.new_empty(min(n, _rows_at_once(values.element_size() * k)), k)
+    for first in range(0, n, len(part)):
+        weight = part[: n - first]
+        native.spread(masks, values, starts, first, weight)
+        y[:, first : first + len(part)] = F.linear(x, weight, None if bias is None else bias[first : first + len(part)])
+    return y
+
+
+def _rows_at_once(row_bytes: int) -> int:
+    return max(1, SPREAD_BYTES // max(1, row_bytes))
 
 
 def check_input(op: str, x: torch.Tensor, columns: int, dtype: torch.dtype) -> None:

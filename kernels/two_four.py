@@ -79,7 +79,7 @@ def encode(unit: Unit) -> Packed:
         bits[:, -1] &= 0x0F
     mask = masked.from_bits(torch.from_numpy(bits), GROUP * groups)
     tensors = {
-        "values": F.pad(weight, (0, GROUP * groups - k))[mask].view(n, 2 * groups),
+        "values": masked.pick(F.pad(weight, (0, GROUP * groups - k)).contiguous(), mask).view(n, 2 * groups),
         "positions": torch.from_numpy(_TO_POSITIONS[bits]),
     }
     return Packed(NAME, VERSION, dict(unit.modules), tensors | ({} if bias is None else {"bias": bias.contiguous()}))
@@ -210,9 +210,7 @@ def _bits(packed: Packed) -> torch.Tensor:
 def _two_four_cpu(
     x: torch.Tensor, laid: Sequence[torch.Tensor], bias: torch.Tensor | None, sizes: Sequence[int], wide: bool
 ) -> torch.Tensor:
-    masked.check_input("two_four_linear", x, sizes[1], laid[1].dtype)
-    fallback("two_four_linear", "no kernel yet")
-    return masked.torch_path(x, laid, bias, sizes, wide)
+    return masked.on_cpu("two_four_linear", x, laid, bias, sizes, wide)
 
 
 def _two_four_gpu(

@@ -44,6 +44,16 @@ static inline u32 to_bits(float value) {
 
 using i8 = std::int8_t;
 
+// For every byte of a mask the lane of packed values that each of eight lanes takes; negative where it takes none.
+struct ExpandTable {
+    i8 from[256][8] = {};
+    constexpr ExpandTable() {
+        for (int mask = 0; mask < 256; mask++)
+            for (int lane = 0, next = 0; lane < 8; lane++) from[mask][lane] = mask >> lane & 1 ? i8(next++) : i8(-1);
+    }
+};
+inline constexpr ExpandTable EXPAND;
+
 static inline float to_float(float x) { return x; }
 static inline float to_float(i8 x) { return x; }
 static inline float to_float(bf16 x) { return from_bits(u32(x.bits) << 16); }

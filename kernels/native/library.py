@@ -35,6 +35,8 @@ _RUN = (_INT, _INT, _INT)  # level, dtype, threads
 _SIGNATURES = {
     "pared_best_level": (),
     "pared_linear": (*_RUN, *[_PTR] * 5, _INT, _INT, *[_I64] * 3),
+    "pared_sparse_linear": (*_RUN, *[_PTR] * 6, _INT, _INT, *[_I64] * 4),
+    "pared_spread": (*_RUN, *[_PTR] * 4, *[_I64] * 3),
     "pared_basis_linear": (*_RUN, *[_PTR] * 2, _I64, _PTR, *[_I64] * 2),
     "pared_in_order": (*_RUN, *[_PTR] * 3, *[_I64] * 2),
     "pared_read": (_INT, _INT, _PTR, _I64, _PTR),
@@ -69,6 +71,15 @@ _SHALLOW_INPUTS, _SHALLOW_ROWS = 2048, 32
 
 # int8 rows have no dot product of their own: each weight is widened, and arithmetic soon outweighs the bytes saved.
 _INT8_ROWS = {"scalar": 0, "avx2": 4, "avx512": 16, "avx512_bf16": 16, "amx": 16}
+
+# sparse_linear against `spread` and F.linear by parts of W: bf16 expands in the registers that multiply it.
+_SPARSE_ROWS = {
+    "scalar": {torch.bfloat16: 0, torch.float16: 0, torch.float32: 0},
+    "avx2": {torch.bfloat16: 4, torch.float16: 4, torch.float32: 4},
+    "avx512": {torch.bfloat16: 8, torch.float16: 8, torch.float32: 8},
+    "avx512_bf16": {torch.bfloat16: 16, torch.float16: 8, torch.float32: 8},
+    "amx": {torch.bfloat16: 64, torch.float16: 4, torch.float32: 8},
+}
 
 # basis_linear against two F.linears a part, whose gather and whose z go through memory.
 _BASIS_ROWS = _LINEAR_ROWS | {"amx": _LINEAR_ROWS["amx"] | {torch.bfloat16: 128}}
@@ -115,6 +126,10 @@ class Library:
         """The largest M for which int8 weights stay int8; above, F.linear on the weights that they stand for."""
         return _INT8_ROWS[self.level]
 
+    def sparse_rows(self, dtype: torch.dtype) -> int:
+        """The largest M for which `sparse_linear` is the path of choice; above, F.linear on rows that were spread."""
+        return _SPARSE_ROWS[self.level][dtype]
+
     def basis_rows(self, dtype: torch.dtype) -> int:
         """The largest M for which `basis_linear` is the path of choice; two F.linears a part are above it."""
         return _BASIS_ROWS[self.level][dtype]
@@ -147,6 +162,41 @@ class Library:
             w.shape[0],
             k,
         )
+
+    def sparse_linear(
+        self,
+        x: torch.Tensor,
+        masks: torch.Tensor,
+        values: torch.Tensor,
+        starts: torch.Tensor,
+        bias: torch.Tensor | None,
+        per_word: int,
+        out: torch.Tensor,
+    ) -> None:
+        """out [M, N] = x [M, K] @ W [N, K]^T + bias [N] for W as kernels/masked.py lays it out; types as in `linear`.
+
+        The same bits as `linear` on W. A mask with more bits than there are values reads foreign memory.
+        """
+        pointers = (t.data_ptr() for t in (x, masks, starts, values))
+        self.calls.pared_sparse_linear(
+            *self._run(x),
+            *pointers,
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            bias is not None and bias.dtype == torch.float32,
+            out.dtype == torch.float32,
+            x.shape[0],
+            masks.shape[0],
+            x.shape[1],
+            per_word,
+        )
+
+    def spread(
+        self, masks: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, first: int, out: torch.Tensor
+    ) -> None:
+        """out [R, K] = rows first .. first + R of W, dense."""
+        pointers = (t.data_ptr() for t in (masks, starts, values, out))
+        self.calls.pared_spread(*self._run(out), *pointers, first, *out.shape)
 
     def basis_linear(self, x: torch.Tensor, words: Sequence[int], out: torch.Tensor) -> None:
         """out [M, sum N]: for each part, coefficients [N, R] @ z + bias [N], side by side; words: `basis_words` of all.

@@ -18,6 +18,11 @@ static inline V load(const i8* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
+static inline V expand(u32 mask, V packed) {
+    const __m256i from = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(EXPAND.from[mask & 0xff])));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(packed, from), splat(0.0f), _mm256_castsi256_ps(from));
+}
+
 static inline void store(float* p, V x) { _mm256_storeu_ps(p, x); }
 static inline void store(bf16* p, V x) {
     const __m256i bits = _mm256_castps_si256(x);

@@ -37,6 +37,8 @@ static inline V load(const i8* p, i64 n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
 }
 
+static inline V expand(u32 mask, V packed) { return _mm512_maskz_expand_ps(__mmask16(mask), packed); }
+
 static inline void store(float* p, V x) { _mm512_storeu_ps(p, x); }
 static inline void store(float* p, V x, i64 n) { _mm512_mask_storeu_ps(p, first(n), x); }
 template <class T>

@@ -10,6 +10,7 @@ static inline V maximum(V a, V b) { return a > b ? a : b; }
 static inline float sum(V x) { return x; }
 static inline float largest(V x) { return x; }
 static inline V exp(V x) { return std::exp(x); }
+static inline V expand(u32 mask, V packed) { return mask & 1 ? packed : 0.0f; }  // the next lanes to those with a bit
 template <class T>
 static inline V load(const T* p) { return to_float(*p); }
 template <class T>

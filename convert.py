@@ -72,8 +72,7 @@ def convert(
     with FolderWriter(dst, resume_key=key, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         before = [_original(source, writer, cast, measured, progress)] if methods else []
         packed, dtype, done = recipe.run(source, cast, writer, progress)
-        if format != dense.NAME:
-            packed = drop_zeros(packed)
+        packed = packed if format == dense.NAME else drop_zeros(packed)
         pack(packed, writer, dtype, format, progress)
         partial = writer.finish(_config(packed, cast), _provenance(source, cast, done), source.files)
         row = replace(measure(partial, measured, progress=progress), name=Path(dst).name)

@@ -80,25 +80,7 @@ def read(config: Config) -> Spec:
         spec = reader(config)
     except KeyError as missing:
         raise UnsupportedModel(f"config.json of model_type {family!r} lacks {missing}") from None
-    return spec if config.get(WIDTHS) is None else _narrowed(spec, config[WIDTHS])
-
-
-def _narrowed(spec: Spec, widths: Any) -> Spec:
-    """The spec whose layers have the heads and FFN widths that the config lists."""
-    if not isinstance(widths, list) or len(widths) != len(spec.layers):
-        raise UnsupportedModel(f"{WIDTHS} must list {len(spec.layers)} layers, got {widths!r}")
-    layers = []
-    for i, (layer, given) in enumerate(zip(spec.layers, widths, strict=True)):
-        own = given if isinstance(given, dict) else {}
-        counts: list[Any] = [own.get(key) for key in ("heads", "kv_heads", "ffn")]
-        if not all(isinstance(count, int) and count > 0 for count in counts) or counts[0] % counts[1]:
-            raise UnsupportedModel(
-                f"{WIDTHS} gives layer {i} {given!r}; it needs positive heads, kv_heads and ffn, "
-                "and heads in multiples of kv_heads"
-            )
-        heads, kv_heads, ffn = counts
-        layers.append(replace(layer, heads=heads, kv_heads=kv_heads, ffn=ffn))
-    return replace(spec, layers=tuple(layers))
+    return spec if config.get(WIDTHS) is None else spec.narrowed(config[WIDTHS])
 
 
 def _act(config: Config, key: str, default: str) -> str:

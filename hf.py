@@ -10,7 +10,6 @@ transformers stops at the [0]-shaped weights of such a folder; folders that are 
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from .compact import STOCK_FORMAT, Manifest, UnitEntry, open_folder
 from .errors import FolderError, KernelError, MissingTensors
 from .kernels import formats
 from .kernels.unit import Packed, Prepared
+from .narrow import narrow
 from .runtime.loader import check
-from .spec import WIDTHS, Linear, Spec
+from .spec import WIDTHS
 
 METHOD = "pared"
 
@@ -61,7 +61,7 @@ class ParedQuantizer(HfQuantizer):
             with open_folder(Path(checkpoint_files[0]).parent) as folder:
                 spec = check(folder)
             if WIDTHS in folder.config:
-                _narrow(model, spec)
+                narrow(model, spec, lambda path: _inside(model, path))
         for entry in manifest.units:
             if entry.format != STOCK_FORMAT:
                 _install(model, entry, manifest)
@@ -167,38 +167,6 @@ def _install(model: PreTrainedModel, entry: UnitEntry, manifest: Manifest) -> No
     for path, module in made.items():
         module.unit = unit
         model.set_submodule(inside[path], module)
-
-
-def _narrow(model: PreTrainedModel, spec: Spec) -> None:
-    """Give each layer its own widths; transformers has built all of them alike."""
-    for i, layer in enumerate(spec.layers):
-        attention = model.get_submodule(_inside(model, spec.path(i, spec.names.out)).rpartition(".")[0])
-        own = {
-            "num_heads": layer.heads,
-            "num_key_value_heads": layer.kv_heads,
-            "num_key_value_groups": layer.heads // layer.kv_heads,
-            "split_size": layer.heads * spec.head_dim,
-        }
-        for name in own.keys() & vars(attention).keys():
-            setattr(attention, name, own[name])
-        if spec.family == "phi3":  # which asks the config where q ends
-            attention.config = copy.copy(attention.config)
-            attention.config.num_attention_heads = layer.heads
-    linears = spec.linears()
-    for path in spec.in_layers():
-        _resize(model.get_submodule(_inside(model, path)), linears[path])
-
-
-def _resize(module: nn.Module, linear: Linear) -> None:
-    """Empty parameters of the linear's shape, into which transformers will load."""
-    shape = (linear.k, linear.n) if linear.transposed else (linear.n, linear.k)
-    for name, size in (("weight", shape), ("bias", (linear.n,))):
-        old = getattr(module, name, None)
-        if old is not None and old.shape != size:
-            setattr(module, name, nn.Parameter(old.new_empty(size), requires_grad=False))
-    for name, count in (("out_features", linear.n), ("in_features", linear.k), ("nf", linear.n), ("nx", linear.k)):
-        if hasattr(module, name):
-            setattr(module, name, count)
 
 
 def _inside(model: PreTrainedModel, path: str) -> str:

@@ -16,6 +16,9 @@ import pared.hf
 from pared import errors, families
 from pared.compact import open_folder
 from pared.convert import convert, export
+from pared.converters import modelling
+from pared.converters.removal import drop_zeros
+from pared.converters.sources.detect import open_source
 from pared.reports import folder_report
 from pared.runtime.llm import LLM
 from pared.runtime.loader import load
@@ -348,3 +351,18 @@ def test_widths_of_a_damaged_config(given, message):
     config = json.loads(tiny.CONFIGS["llama"].to_json_string()) | {"layer_widths": given}
     with pytest.raises(errors.UnsupportedModel, match=message):
         families.read(config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_methods_see_the_narrow_model(tmp_path, name):
+    """What a method works on, and what it hands on."""
+    model = pruned(name, "outputs")
+    narrow_source = drop_zeros(open_source(saved(tmp_path / "src", model)))
+    made = modelling.instantiate(narrow_source)
+    truth = model(torch.tensor([TOKENS])).logits.detach()
+    assert close(made(torch.tensor([TOKENS])).logits, truth)
+    again = modelling.instantiate(modelling.as_source(made, narrow_source))
+    assert close(again(torch.tensor([TOKENS])).logits, truth)
+    shapes = {n: p.shape for n, p in made.named_parameters()}
+    assert shapes == {n: p.shape for n, p in again.named_parameters()}
+    assert shapes != {n: p.shape for n, p in model.named_parameters()}

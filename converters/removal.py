@@ -16,12 +16,14 @@ from ..spec import Layer, Linear, Spec
 from .finite import refuse_bad
 from .sources.source import Skip, Source
 from .widths import Cut, Kept, cuts, described, whole
+from .zeros import violation
 
 ALIGNED = 8
 """Widths of FFNs stay multiples of this, 16 bytes of bf16, so that kernels read whole vectors: a lone dead neuron in a
 dense model is no reason to give it another shape."""
 
 _FIRST = 64  # inputs that are looked at before a whole matrix is read
+_ROWS = 8  # of a matrix that show whether it is 2:4
 
 
 def drop_zeros(source: Source) -> Source:
@@ -72,6 +74,7 @@ class _Seen:
     _rows: dict[str, torch.Tensor] = field(default_factory=dict)  # path -> bool [N]
     _columns: dict[str, torch.Tensor] = field(default_factory=dict)  # path -> bool [K]
     _silent: dict[str, torch.Tensor] = field(default_factory=dict)  # path -> bool [N], where a zero row stays silent
+    _two_four: set[str] = field(default_factory=set)
     _linears: dict[str, Linear] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,6 +99,8 @@ class _Seen:
             return
         if path.endswith((names.out, names.ffn_out)):
             self._columns[path] = _zero_rows(weight.t())
+            if violation(weight[:_ROWS] != 0) is None:
+                self._two_four.add(path)
         else:
             self._rows[path] = _zero_rows(weight)
 
@@ -108,7 +113,10 @@ class _Seen:
             heads, kv_heads = _heads(layer, unread, values[-layer.kv_heads * self.spec.head_dim :])
         inputs, unread = self._dead(i, names.ffn_in), self._columns.get(self.spec.path(i, names.ffn_out))
         if inputs is not None and unread is not None:
-            neurons = _aligned(unread | inputs.view(-1, layer.ffn).any(0))
+            dead = unread | inputs.view(-1, layer.ffn).any(0)
+            if self.spec.path(i, names.ffn_out) in self._two_four:  # and would no longer be with columns shifted
+                dead = dead.view(-1, 4).all(1).repeat_interleave(4)
+            neurons = _aligned(dead)
         return Kept(heads, kv_heads, neurons)
 
     def _dead(self, i: int, names: tuple[str, ...]) -> torch.Tensor | None:

@@ -313,6 +313,13 @@ def test_golden_bytes_of_sparse_24_bitmask(tmp_path):
     assert torch.equal(compressed_tensors.decode("m", parts, compressed_tensors.TWO_FOUR), expected)
 
 
+def test_groups_of_sparse_24_bitmask_may_reach_from_row_to_row():
+    weight = torch.tensor([[1, 0, 0, 2, 0, 3], [0, 4, 5, 0, 0, 6]], dtype=torch.bfloat16)
+    parts = packed(weight, compressed_tensors.TWO_FOUR)
+    assert parts["compressed"].shape == (2, 3)
+    assert torch.equal(compressed_tensors.decode("m", parts, compressed_tensors.TWO_FOUR), weight)
+
+
 # --- broken ones ------------------------------------------------------------------------------------
 
 UP = f"{LAYER}mlp.up_proj"
@@ -350,6 +357,7 @@ BITMASK_BROKEN = {
         edit("compressed", lambda t: t.index_fill(0, torch.tensor([9]), torch.inf)),
         r"up_proj\.weight\[0, \d+\] is inf",
     ),
+    "quantised values": (edit("compressed", lambda t: t.to(torch.float8_e4m3fn)), "float8_e4m3fn, which .* quantised"),
     "unknown format": (sparsity(format="marlin-24"), "format 'marlin-24'; pared reads sparse-bitmask"),
     "no sparsity_config": (lambda s, c: c.pop("quantization_config"), "bitmasks, but its config.json has no sparsity"),
     "quantised": (

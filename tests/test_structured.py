@@ -203,6 +203,21 @@ def test_a_layer_without_anything_left_keeps_a_silent_head_and_neurons(tmp_path)
     assert close(ours(tmp_path / "out", 6), theirs(model, TOKENS, 6))
 
 
+def test_columns_of_a_two_four_matrix_go_by_whole_groups(tmp_path):
+    model = tiny.model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            down = layer.mlp.down_proj.weight
+            down.view(16, 6, 4)[:, :, :2] = 0
+        down.view(16, 6, 4)[:, (1, 3, 4)] = 0
+    convert(saved(tmp_path / "src", model), tmp_path / "out", progress=False)
+    assert widths(tmp_path / "out") == [(4, 2, 24), (4, 2, 16)]
+    with open_folder(tmp_path / "out") as opened:
+        down = next(unit for unit in opened.manifest.units if "model.layers.1.mlp.down_proj" in unit.modules)
+    assert down.why.startswith("removed 8 of 24 neurons; 2:4")
+    assert close(ours(tmp_path / "out", 6), theirs(model, TOKENS, 6))
+
+
 def test_dense_means_as_it_is(tmp_path):
     src = saved(tmp_path / "src", pruned("llama", "outputs"))
     convert(src, tmp_path / "out", format="dense", progress=False)

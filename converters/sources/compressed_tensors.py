@@ -147,6 +147,8 @@ def decode(name: str, parts: dict[str, torch.Tensor], format: str) -> torch.Tens
             f"{name}: the bitmask keeps {int(counts.sum())} weights, compressed holds {values.numel()}; "
             "one of them is truncated, download it again"
         )
+    if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise SourceError(f"{name} is stored as {values.dtype}, which pared does not read: it is quantised")
     dense = torch.zeros(shape, dtype=values.dtype)
     dense[mask] = values.flatten()
     return dense

@@ -153,21 +153,21 @@ def inspect(
     if as_json:
         print_json(report.as_json() | {"verified": verify})
         return
-    remarkable = any(kind.weights.keys() - {"no zeros"} for kind in report.kinds)
+    remarkable, shared = any(kind.weights for kind in report.kinds), any(kind.ranks for kind in report.kinds)
     rows = [
         (
             kind.kind,
             f"{kind.format} {kind.form}".rstrip(),
             str(kind.count),
             _shapes(kind.shapes),
-            *(() if report.stock else (_shapes(kind.ranks), str(kind.groups or ""))),
+            *((_shapes(kind.ranks), str(kind.groups or "")) if shared else ()),
             *((_found(kind.weights),) if remarkable else ()),
             *map(readable, (kind.dense_bytes, kind.compact_bytes)),
         )
         for kind in (*report.kinds, report.total)
     ]
-    compressed = () if report.stock else ("rank", "groups")
-    columns = ("kind", "format", "count", "shapes", *compressed, *(("weights",) * remarkable), "dense", "compact")
+    of_bases, of_zeros = ("rank", "groups") * shared, ("weights",) * remarkable
+    columns = ("kind", "format", "count", "shapes", *of_bases, *of_zeros, "dense", "compact")
     print_table(f"{path} ({report.family})", columns, rows)
     where = "every engine loads it" if report.stock else "compressed: pared loads it"
     print(f"{readable(report.disk_bytes)} on disk, {where}" + (", every file is as it was written" if verify else ""))

@@ -29,8 +29,11 @@ _ROWS = 8  # of a matrix that show whether it is 2:4
 def drop_zeros(source: Source) -> Source:
     """`source` without what contributes exactly zero, its config saying so; `source` itself where all contributes.
 
-    Reads little of weights that are not zero. What a compressed unit serves is left alone.
+    Reads little of weights that are not zero. What a compressed unit serves is left alone, and so is GGUF, which would
+    be dequantised a second time for it.
     """
+    if source.kind == "gguf":
+        return source
     spec = families.read(source.config)
     seen = _Seen(spec)
     for name, tensor in source.tensors(lambda name: not seen.wants(name)):

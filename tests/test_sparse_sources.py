@@ -118,7 +118,7 @@ def test_zeros_become_fewer_bytes_and_come_back_bit_for_bit(tmp_path, pickled, s
     found = stored(tmp_path / "out")
     assert found[f"{LAYER}self_attn.o_proj"] == ("two_four", "2:4")
     assert found[f"{LAYER}self_attn.v_proj"] == ("dense", "2.0 % zeros")
-    assert found["lm_head"] == ("dense", "no zeros")
+    assert found["lm_head"] == ("dense", "")
     assert found[f"{LAYER}mlp.up_proj"] == ("bitmap", "50.0 % zeros")
     assert found["model.layers.1.mlp.gate_proj"][0] == "bitmap"
     assert {format for format, _ in found.values()} == {"dense", "two_four", "bitmap"}
@@ -175,7 +175,7 @@ def test_what_is_no_number_is_named(tmp_path, value):
 
 def test_zeros_in_words():
     weight = torch.ones(8, 16)
-    assert describe(weight) == "no zeros"
+    assert describe(weight) == ""
     weight[0, 0] = 0
     assert describe(weight) == "0.8 % zeros"
     weight = two_four(torch.randn(8, 16))

@@ -136,11 +136,11 @@ def test_the_conversion_says_what_it_removed(tmp_path):
         why = {path: unit.why for unit in opened.manifest.units for path in unit.modules}
         kinds = {kind.kind: kind for kind in folder_report(opened).kinds}
         assert not opened.stock
-    assert why["model.layers.0.mlp.down_proj"] == "removed 8 of 24 neurons; no zeros"
-    assert why["model.layers.0.self_attn.k_proj"] == "removed 2 of 4 heads in 1 of 2 groups; no zeros"
-    assert why["model.layers.1.self_attn.q_proj"] == "removed 2 of 4 heads; no zeros"
-    assert why["model.layers.1.self_attn.k_proj"] == why["model.layers.1.mlp.up_proj"] == "no zeros"
-    assert kinds["mlp.up_proj"].weights == {"removed 8 of 24 neurons; no zeros": 1, "no zeros": 1}
+    assert why["model.layers.0.mlp.down_proj"] == "removed 8 of 24 neurons"
+    assert why["model.layers.0.self_attn.k_proj"] == "removed 2 of 4 heads in 1 of 2 groups"
+    assert why["model.layers.1.self_attn.q_proj"] == "removed 2 of 4 heads"
+    assert why["model.layers.1.self_attn.k_proj"] == why["model.layers.1.mlp.up_proj"] == ""
+    assert kinds["mlp.up_proj"].weights == {"removed 8 of 24 neurons": 1}
     assert kinds["mlp.up_proj"].compact_bytes == (16 + 24) * 16 * 4
 
 

@@ -14,6 +14,7 @@ import transformers as hf
 from safetensors.torch import save_file
 
 from pared import errors
+from pared.cli import main
 from pared.compact import open_folder
 from pared.convert import convert, export
 from pared.converters.sources import compressed_tensors, huggingface
@@ -171,6 +172,22 @@ def test_what_is_no_number_is_named(tmp_path, value):
     src = folder(tmp_path / "src", stock_config(model), tiny.state(model))
     with pytest.raises(errors.BadWeights, match=rf"layers\.1\.mlp\.up_proj\.weight\[5, 3\] is {value}"):
         convert(src, tmp_path / "out", progress=False)
+
+
+def test_inspect_prints_what_was_found(tmp_path, capsys, monkeypatch):
+    model = pruned()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[:9] = 0
+    convert(folder(tmp_path / "src", stock_config(model), tiny.state(model)), tmp_path / "out", progress=False)
+    monkeypatch.setattr("sys.argv", ["pared", "inspect", str(tmp_path / "out")])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main()
+    lines = {line.split("\u2502")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "\u2502" in line}
+    assert "50.0 % zeros (1), 57.0 % zeros (1)" in lines["mlp.down_proj"]
+    assert "50.0 % zeros " in lines["mlp.up_proj"]
+    assert "zeros" not in lines["lm_head"]
+    assert "rank" not in "".join(lines)
 
 
 def test_zeros_in_words():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from safetensors.torch import load_file, save_file
 import pared.hf
 from pared import errors, families
 from pared.compact import open_folder
+from pared.compact_writer import FolderWriter
 from pared.convert import convert, export
 from pared.converters import modelling
+from pared.converters.pack import pack
 from pared.converters.removal import drop_zeros
 from pared.converters.sources.detect import open_source
 from pared.reports import folder_report
@@ -144,11 +147,10 @@ def test_the_conversion_says_what_it_removed(tmp_path):
     assert kinds["mlp.up_proj"].compact_bytes == (16 + 24) * 16 * 4
 
 
-def test_what_is_left_keeps_its_bits_and_resumes(tmp_path):
-    """Sharded on both sides, cut in the stream."""
+def test_what_is_left_keeps_its_bits(tmp_path):
+    """Cut in the stream, sharded, GPT-2's transposed weights included."""
     model = pruned("gpt2", "inputs")
-    src = saved(tmp_path / "src", model)
-    convert(src, tmp_path / "out", progress=False, max_shard_bytes=3000)
+    convert(saved(tmp_path / "src", model), tmp_path / "out", progress=False, max_shard_bytes=3000)
     assert len(list((tmp_path / "out").glob("model*.safetensors"))) > 3
     kept = [n for n in range(64) if n not in NEURONS]
     with open_folder(tmp_path / "out") as opened:
@@ -158,6 +160,29 @@ def test_what_is_left_keeps_its_bits_and_resumes(tmp_path):
     assert torch.equal(down, mlp.c_proj.weight[kept])
     assert torch.equal(up, mlp.c_fc.weight[:, kept])
     assert torch.equal(bias, mlp.c_fc.bias[kept])
+
+
+def test_an_interrupted_conversion_goes_on(tmp_path):
+    source = drop_zeros(open_source(saved(tmp_path / "src", pruned("llama", "outputs"))))
+
+    def some(skip):
+        for i, pair in enumerate(source.tensors(skip)):
+            if i == 9:
+                raise KeyboardInterrupt
+            yield pair
+
+    def run(target: Path, tensors) -> Path:
+        with FolderWriter(target, resume_key="k", max_shard_bytes=1000) as writer:
+            pack(replace(source, tensors=tensors), writer, progress=False)
+            writer.finish(source.config, {}, {})
+            return writer.publish()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", some)
+    assert list((tmp_path / "out.partial").glob("shard-*"))
+    whole, resumed = run(tmp_path / "whole", source.tensors), run(tmp_path / "out", source.tensors)
+    with open_folder(whole) as a, open_folder(resumed) as b:
+        assert a.manifest == b.manifest
 
 
 def test_the_same_loss_everywhere_is_an_ordinary_folder(tmp_path):

@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 
+import pared.hf
 from pared import errors
 from pared.cli import main
 from pared.compact import open_folder
@@ -24,6 +25,8 @@ from pared.evaluate import decoder_logits
 from pared.reports import folder_report
 from pared.runtime.loader import load
 from pared.tests import tiny
+
+assert pared.hf.METHOD  # importing it registers the quantizer
 
 CONFIG = hf.LlamaConfig(
     hidden_size=64,
@@ -135,8 +138,10 @@ def test_zeros_become_fewer_bytes_and_come_back_bit_for_bit(tmp_path, pickled, s
 def test_a_folder_of_zeros_runs_as_it_did_dense(tmp_path):
     model = pruned(torch.float32)
     convert(folder(tmp_path / "src", stock_config(model), tiny.state(model)), tmp_path / "out", progress=False)
-    truth = model(TOKENS[None]).logits[0]
-    assert (decoder_logits(load(tmp_path / "out", device="cpu"))(TOKENS) - truth).abs().max() < 1e-5 * truth.abs().max()
+    truth = model(TOKENS[None]).logits[0].detach()
+    through_hf = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(TOKENS[None]).logits[0]
+    for logits in (decoder_logits(load(tmp_path / "out", device="cpu"))(TOKENS), through_hf):
+        assert (logits - truth).abs().max() < 1e-5 * truth.abs().max()
 
 
 def test_the_format_that_is_asked_for(tmp_path):

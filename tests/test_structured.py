@@ -303,7 +303,7 @@ def narrow(path: Path, change=lambda state, config: None) -> tuple[Path, hf.PreT
 
 def per_layer(config: dict) -> None:
     own = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
-    config["per_layer_config"] = {"0": own}
+    config["per_layer_config"] = {"00": own}
 
 
 CONFIGS = {
@@ -356,6 +356,14 @@ BROKEN = {
             keep(s, {"self_attn.q": 8, "self_attn.k": 4, "self_attn.v": 4, "self_attn.o": 8}),
         ),
         r"leaves open how many heads .* \[8\] wide",
+    ),
+    "more than widths by layer": (
+        lambda s, c: c.update(per_layer_config={"00": {"intermediate_size": 16}, "01": {"sliding_window": 4}}),
+        "per_layer_config gives layer 1 its own sliding_window; pared knows num_attention_heads",
+    ),
+    "a list of layers that is none": (
+        lambda s, c: c.update(per_layer_config={"first": {"intermediate_size": 16}}),
+        "per_layer_config in config.json is no object of layers",
     ),
     "gate and up of different widths": (
         lambda s, c: keep(s, {"mlp.gate": 12}) or c.update(intermediate_size=[16, 24]),

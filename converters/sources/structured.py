@@ -33,6 +33,7 @@ def open_source(plain: Source) -> Source:
     Raises SourceError naming the layer where config and tensors cannot both be right.
     """
     keys = _keys(plain.config)
+    _refuse_others(plain, keys)
     listed = {key: values for key in keys if (values := _listed(plain.config, key)) is not None}
     spec = families.read(_scalars(plain.config, keys, listed))
     found = _widths(plain, spec)
@@ -62,10 +63,25 @@ def _listed(config: dict[str, Any], key: str) -> list[Any] | None:
     given, by_layer = config.get(key), config.get("per_layer_config") or {}
     if isinstance(given, list):
         return given
-    if not isinstance(by_layer, dict) or not any(isinstance(own, dict) and key in own for own in by_layer.values()):
+    if not any(key in own for own in by_layer.values()):
         return None
-    count = config.get("num_hidden_layers")
-    return [by_layer.get(str(i), {}).get(key, given) for i in range(count if isinstance(count, int) else 0)]
+    own = {int(layer): numbers for layer, numbers in by_layer.items()}
+    count = config.get("num_hidden_layers", config.get("n_layer"))
+    return [own.get(i, {}).get(key, given) for i in range(count or 0)]
+
+
+def _refuse_others(plain: Source, keys: Sequence[str]) -> None:
+    """Raises SourceError for a per_layer_config that says more than widths."""
+    by_layer = plain.config.get("per_layer_config") or {}
+    try:
+        given = sorted((int(layer), key) for layer, own in by_layer.items() for key in own)
+    except (AttributeError, TypeError, ValueError):
+        raise SourceError(f"{plain.path}: per_layer_config in config.json is no object of layers") from None
+    if others := [(layer, key) for layer, key in given if key not in keys]:
+        layer, key = others[0]
+        raise SourceError(
+            f"{plain.path}: per_layer_config gives layer {layer} its own {key}; pared knows {', '.join(keys)}"
+        )
 
 
 def _scalars(config: dict[str, Any], keys: Sequence[str], listed: dict[str, list[Any]]) -> dict[str, Any]:

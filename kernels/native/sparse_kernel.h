@@ -25,7 +25,7 @@ static inline void sparse_step(const SparseLinear& a, const X* x, const u32* mas
     typename D::Operand rows[R];
     for (int r = 0; r < R; r++) {
         const u32 mask = part_of<D::STEP>(masks[r * stride], bit);
-        __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + PREFETCH_BYTES);
+        __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + 2 * PREFETCH_BYTES);
         rows[r] = Spread<X>::take(mask, values[r]);
         values[r] += EVEN && D::STEP == WORD ? a.sparse.per_word : __builtin_popcount(mask);
     }

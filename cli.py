@@ -7,6 +7,7 @@ what the library returns. Errors of pared's own tree become one red block and ex
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from enum import Enum
@@ -152,19 +153,21 @@ def inspect(
     if as_json:
         print_json(report.as_json() | {"verified": verify})
         return
+    remarkable, shared = any(kind.weights for kind in report.kinds), any(kind.ranks for kind in report.kinds)
     rows = [
         (
             kind.kind,
             f"{kind.format} {kind.form}".rstrip(),
             str(kind.count),
             _shapes(kind.shapes),
-            *(() if report.stock else (_shapes(kind.ranks), str(kind.groups or ""))),
+            *((_shapes(kind.ranks), str(kind.groups or "")) if shared else ()),
+            *((_found(kind.weights),) if remarkable else ()),
             *map(readable, (kind.dense_bytes, kind.compact_bytes)),
         )
         for kind in (*report.kinds, report.total)
     ]
-    compressed = () if report.stock else ("rank", "groups")
-    columns = ("kind", "format", "count", "shapes", *compressed, "dense", "compact")
+    of_bases, of_zeros = ("rank", "groups") * shared, ("weights",) * remarkable
+    columns = ("kind", "format", "count", "shapes", *of_bases, *of_zeros, "dense", "compact")
     print_table(f"{path} ({report.family})", columns, rows)
     where = "every engine loads it" if report.stock else "compressed: pared loads it"
     print(f"{readable(report.disk_bytes)} on disk, {where}" + (", every file is as it was written" if verify else ""))
@@ -305,6 +308,12 @@ def _read(path: Path) -> str:
 
 def _shapes(shapes: dict[str, int]) -> str:
     return ", ".join(f"{shape} ({count})" if len(shapes) > 1 else shape for shape, count in shapes.items())
+
+
+def _found(weights: dict[str, int]) -> str:
+    """What the conversion found, of many different findings the first and the last."""
+    told = sorted(weights, key=lambda found: [float(p) if p.isdigit() else p for p in re.split(r"(\d+)", found)])
+    return f"{told[0]} to {told[-1]}" if len(told) > 3 else _shapes({found: weights[found] for found in told})
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from .errors import (
     UnknownVersion,
     WrongShape,
 )
+from .spec import WIDTHS
 
 if TYPE_CHECKING:
     import torch
@@ -54,13 +55,17 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class UnitEntry:
-    """A unit on disk. modules: path -> (N outputs, K inputs); tensors: role -> full tensor name."""
+    """A unit on disk. modules: path -> (N outputs, K inputs); tensors: role -> full tensor name.
+
+    why: what the conversion found in the weights, for people ("50.0 % zeros"); nothing depends on it.
+    """
 
     format: str
     version: int
     modules: dict[str, tuple[int, int]]
     tensors: dict[str, str]
     params: dict[str, Any] = field(default_factory=dict)
+    why: str = ""
 
     def has_bias(self, path: str) -> bool:
         """Whether the module's bias is among the tensors: under `bias`, or `bias.<path>` where modules share a unit."""
@@ -71,7 +76,8 @@ class UnitEntry:
         """From JSON."""
         modules = {path: (int(n), int(k)) for path, (n, k) in entry["modules"].items()}
         tensors = {role: str(name) for role, name in entry["tensors"].items()}
-        return cls(str(entry["format"]), int(entry["version"]), modules, tensors, dict(entry["params"]))
+        params, why = dict(entry["params"]), str(entry.get("why", ""))
+        return cls(str(entry["format"]), int(entry["version"]), modules, tensors, params, why)
 
 
 @dataclass(frozen=True)
@@ -104,10 +110,9 @@ class Manifest:
         """The plain tensors' shapes, to hold against what the model needs."""
         return {name: self.tensors[name].shape for name in self.plain}
 
-    @property
-    def stock(self) -> bool:
-        """True when every engine can load the folder, because no module is compressed."""
-        return all(unit.format == STOCK_FORMAT for unit in self.units)
+    def stock(self, config: dict[str, Any]) -> bool:
+        """True when every engine can load a folder of this config: all modules are dense, in the shapes it gives."""
+        return WIDTHS not in config and all(unit.format == STOCK_FORMAT for unit in self.units)
 
     @property
     def shards(self) -> list[str]:
@@ -122,7 +127,7 @@ class Manifest:
     def into(self, config: dict[str, Any]) -> dict[str, Any]:
         """The model's config with this manifest in it, as config.json holds it."""
         entry = {"quant_method": "pared"} | asdict(self)
-        return config | ({_STOCK_KEY: asdict(self)} if self.stock else {_COMPRESSED_KEY: entry})
+        return config | ({_STOCK_KEY: asdict(self)} if self.stock(config) else {_COMPRESSED_KEY: entry})
 
     @classmethod
     def parse(cls, entry: dict[str, Any]) -> Manifest:
@@ -165,6 +170,11 @@ class Folder:
         if name not in self._where:
             raise MissingTensors(f"{self.path} holds no tensor {name!r}")
         return self._shards[self._where[name]].get_tensor(name)
+
+    @property
+    def stock(self) -> bool:
+        """Whether every engine can load it."""
+        return self.manifest.stock(self.config)
 
     def close(self) -> None:
         """Let go of the files. Tensors handed out stay valid."""

@@ -17,13 +17,16 @@ from . import __version__, families
 from .compact import CONFIG, Folder, UnitEntry, open_folder
 from .compact_writer import FolderWriter
 from .converters.pack import pack
+from .converters.removal import drop_zeros
 from .converters.sources.detect import open_source
 from .converters.sources.source import Source
+from .converters.widths import Cut, cuts, stock_spec, within
 from .durable import replace_file
 from .errors import BadParameter, FolderExists
 from .evaluate import Report, Row, measure
 from .kernels import dense, formats
 from .kernels.unit import Packed
+from .spec import WIDTHS, Spec
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -53,9 +56,10 @@ def convert(
 
     Without a method nothing is lost: every weight keeps its bits, unless `dtype` (bf16, fp16, fp32) casts it.
     methods: `name:key=value,...` each, in order; they compute in fp32 on what `calibration`, a text file, makes the
-    model see, and the report then has a row for the original too. format: storage of every linear module; default is
-    the smallest that fits. text: a file whose perplexity the report gives. `dst` appears only when it is whole and has
-    been loaded; an interrupted conversion resumes. Raises SourceError and FolderError with what to do next.
+    model see, and the report then has a row for the original too. format: storage of every linear in the layers;
+    default is the smallest that fits. Heads and neurons that are zero are left out, exactly, unless it is dense. text:
+    a file whose perplexity the report gives. `dst` appears only when it is whole and has been loaded; an interrupted
+    conversion resumes. Raises SourceError and FolderError with what to do next.
     """
     if format is not None and format not in (known := [module.NAME for module in formats.FORMATS]):
         raise BadParameter(f"no format is called {format!r}; known are {', '.join(known)}")
@@ -68,8 +72,9 @@ def convert(
     with FolderWriter(dst, resume_key=key, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         before = [_original(source, writer, cast, measured, progress)] if methods else []
         packed, dtype, done = recipe.run(source, cast, writer, progress)
+        packed = packed if format == dense.NAME else drop_zeros(packed)
         pack(packed, writer, dtype, format, progress)
-        partial = writer.finish(_config(source, cast), _provenance(source, cast, done), source.files)
+        partial = writer.finish(_config(packed, cast), _provenance(source, cast, done), source.files)
         row = replace(measure(partial, measured, progress=progress), name=Path(dst).name)
         writer.record({"measured": asdict(row)} | ({"original": asdict(before[0])} if before else {}))
         writer.publish()
@@ -116,7 +121,7 @@ def _original(source: Source, writer: FolderWriter, cast: torch.dtype | None, te
     if known.exists():
         return Row(**json.loads(known.read_text()))
     with FolderWriter(place / "dense", resume_key=source.fingerprint) as dense_writer:
-        pack(source, dense_writer, cast, None, progress)
+        pack(source, dense_writer, cast, dense.NAME, progress)
         folder = dense_writer.finish(_config(source, cast), {}, source.files)
         row = replace(measure(folder, text, progress=progress), name="original")
     replace_file(known, json.dumps(asdict(row)).encode())
@@ -127,7 +132,8 @@ def _original(source: Source, writer: FolderWriter, cast: torch.dtype | None, te
 def export(path: str | Path, out: str | Path, *, progress: bool = True, max_shard_bytes: int = SHARD_BYTES) -> Path:
     """Write a compact folder's model as an ordinary dense Hugging Face folder, for other engines. Returns `out`.
 
-    What was packed without loss comes back bit for bit.
+    What was packed without loss comes back bit for bit. Where layers have fewer heads or neurons than others, zeros
+    stand in for what they lack.
     """
     if Path(out).exists():
         raise FolderExists(f"{out} is already there, and an export replaces nothing; choose another name")
@@ -136,12 +142,14 @@ def export(path: str | Path, out: str | Path, *, progress: bool = True, max_shar
         with FolderWriter(out, resume_key=digest, max_shard_bytes=max_shard_bytes) as writer:
             _export_tensors(folder, writer, progress)
             files = {name: folder.path / name for name in folder.manifest.files if not _holds_weights(name)}
-            writer.finish(folder.config, {}, files, manifest=False)
+            config = {key: value for key, value in folder.config.items() if key != WIDTHS}
+            writer.finish(config, {}, files, manifest=False)
             return writer.publish()
 
 
 def _export_tensors(folder: Folder, writer: FolderWriter, progress: bool) -> None:
-    linears = families.read(folder.config).linears()
+    spec = families.read(folder.config)
+    linears, lost = spec.linears(), _lost(folder, spec)
     own = [unit for unit in folder.manifest.units if linears.keys() >= unit.modules.keys()]  # a tied head is no tensor
     for name in folder.manifest.plain:
         if not writer.holds(name):
@@ -152,9 +160,18 @@ def _export_tensors(folder: Folder, writer: FolderWriter, progress: bool) -> Non
         for path, shape in unit.modules.items():
             if not writer.holds(path):
                 weights = _dense(packed, path, linears[path].transposed)
+                if path in lost:
+                    weights = {role: lost[path].pad(t, linears[path].transposed) for role, t in weights.items()}
                 names = {role: f"{path}.{role}" for role in weights}
                 entry = UnitEntry(dense.NAME, dense.VERSION, {path: shape}, names)
                 writer.add_unit(entry, {names[role]: tensor for role, tensor in weights.items()})
+
+
+def _lost(folder: Folder, spec: Spec) -> dict[str, Cut]:
+    """What each module lacks of the width that the config gives to all layers."""
+    stock = stock_spec(folder.config)
+    places = within(spec, stock.layers[0])
+    return {path: cut for i, kept in enumerate(places) for path, cut in cuts(stock, i, kept).items()}
 
 
 def _dense(packed: Packed, path: str, transposed: bool) -> dict[str, torch.Tensor]:

@@ -67,7 +67,10 @@ def _write_hashed(path: Path, parts: Iterable[memoryview]) -> str:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The elements as they lie in memory, row-major; a copy only if the tensor is strided or not on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if not len(flat):  # it may have strides of which torch makes no view
+        flat = flat.new_empty(0)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _write_all(file: IO[bytes], data: memoryview) -> None:

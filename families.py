@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from .errors import UnsupportedModel
-from .spec import Layer, Names, Rope, Spec
+from .spec import WIDTHS, Layer, Names, Rope, Spec
 
 Config = dict[str, Any]
 
@@ -77,9 +77,10 @@ def read(config: Config) -> Spec:
     if foreign != "pared":
         raise UnsupportedModel(f"quantization_config.quant_method is {foreign!r}: convert the unquantised checkpoint")
     try:
-        return reader(config)
+        spec = reader(config)
     except KeyError as missing:
         raise UnsupportedModel(f"config.json of model_type {family!r} lacks {missing}") from None
+    return spec if config.get(WIDTHS) is None else spec.narrowed(config[WIDTHS])
 
 
 def _act(config: Config, key: str, default: str) -> str:

@@ -24,7 +24,9 @@ from .compact import STOCK_FORMAT, Manifest, UnitEntry, open_folder
 from .errors import FolderError, KernelError, MissingTensors
 from .kernels import formats
 from .kernels.unit import Packed, Prepared
+from .narrow import narrow
 from .runtime.loader import check
+from .spec import WIDTHS
 
 METHOD = "pared"
 
@@ -57,7 +59,9 @@ class ParedQuantizer(HfQuantizer):
         manifest = Manifest.parse(self.quantization_config.to_dict())
         if checkpoint_files:
             with open_folder(Path(checkpoint_files[0]).parent) as folder:
-                check(folder)
+                spec = check(folder)
+            if WIDTHS in folder.config:
+                narrow(model, spec, lambda path: _inside(model, path))
         for entry in manifest.units:
             if entry.format != STOCK_FORMAT:
                 _install(model, entry, manifest)

@@ -109,6 +109,7 @@ class Kind:
     """All modules of one kind (`self_attn.q_proj`, ...): bytes as stored, and as dense weights of the same dtype.
 
     count: modules. groups: units, fewer where modules share one. form: factored or pivoted; ranks: rank -> units.
+    weights: what the conversion found in them -> modules.
     """
 
     kind: str
@@ -118,6 +119,7 @@ class Kind:
     groups: int = 0
     ranks: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
     compact_bytes: int = 0
     dense_bytes: int = 0
 
@@ -170,6 +172,8 @@ def folder_report(folder: Folder) -> FolderReport:
             kind = f"{_kind(path)} (tied)" if not fresh else _kind(path)
             row = add(kind, list(shape), compact if i == 0 else 0, dense, unit.format, form)
             row.groups += i == 0
+            if unit.why:
+                row.weights[unit.why] = row.weights.get(unit.why, 0) + 1
         if rank:
             row.ranks[str(rank)] = row.ranks.get(str(rank), 0) + 1
     for name in manifest.plain:
@@ -177,7 +181,7 @@ def folder_report(folder: Folder) -> FolderReport:
         add(_kind(name.rpartition(".")[0]), list(manifest.tensors[name].shape), size, size)
     disk = sum(file.stat().st_size for file in folder.path.iterdir() if file.is_file())
     family = str(folder.config.get("model_type"))
-    return FolderReport(str(folder.path), family, manifest.stock, list(kinds.values()), disk, manifest.provenance)
+    return FolderReport(str(folder.path), family, folder.stock, list(kinds.values()), disk, manifest.provenance)
 
 
 def _form(folder: Folder, unit: UnitEntry) -> tuple[str, int]:

@@ -6,7 +6,13 @@ families.py fills it from a `config.json`; converters, loader and decoder read i
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import UnsupportedModel
+
+WIDTHS = "layer_widths"
+"""The config's key, of ours, for layers that differ: one {"heads", "kv_heads", "ffn"} for each, in order."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,23 @@ class Spec:
         """The full module path of a layer-relative name."""
         return self.names.layer.format(i=layer) + name
 
+    def narrowed(self, widths: Any) -> Spec:
+        """The spec whose layers have the widths that a config lists under WIDTHS. Raises UnsupportedModel."""
+        if not isinstance(widths, list) or len(widths) != len(self.layers):
+            raise UnsupportedModel(f"{WIDTHS} must list {len(self.layers)} layers, got {widths!r}")
+        layers = []
+        for i, (layer, given) in enumerate(zip(self.layers, widths, strict=True)):
+            own = given if isinstance(given, dict) else {}
+            counts: list[Any] = [own.get(key) for key in ("heads", "kv_heads", "ffn")]
+            if not all(isinstance(count, int) and count > 0 for count in counts) or counts[0] % counts[1]:
+                raise UnsupportedModel(
+                    f"{WIDTHS} gives layer {i} {given!r}; it needs positive heads, kv_heads and ffn, "
+                    "and heads in multiples of kv_heads"
+                )
+            heads, kv_heads, ffn = counts
+            layers.append(replace(layer, heads=heads, kv_heads=kv_heads, ffn=ffn))
+        return replace(self, layers=tuple(layers))
+
     def linears(self) -> dict[str, Linear]:
         """Every linear module, in the order of the forward pass; the head is included when it is its own."""
         found = [linear for i in range(len(self.layers)) for linear in self._layer_linears(i)]
@@ -137,6 +160,10 @@ class Spec:
         if not self.tied:
             found.append(Linear(self.names.head, self.vocab, self.embed_dim, bias=False))
         return {linear.path: linear for linear in found}
+
+    def in_layers(self) -> set[str]:
+        """The paths of the linears inside the layers: all but the head and the projections of embeddings."""
+        return {linear.path for i in range(len(self.layers)) for linear in self._layer_linears(i)}
 
     def _layer_linears(self, i: int) -> list[Linear]:
         layer = self.layers[i]

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from .. import families
 from ..kernels.shared_basis import BIAS, COEFFICIENTS
 from ..kernels.unit import Unit
+from ..narrow import narrow
+from ..spec import WIDTHS, Spec
 from .sources.source import Skip, Source
 from .stream import Stream
 
@@ -79,9 +82,21 @@ def from_state(config: dict[str, Any], state: dict[str, torch.Tensor]) -> PreTra
     spec = families.read(config)
     dtype = state[f"{spec.names.embed}.weight"].dtype
     made = AutoConfig.for_model(**config)
+    if WIDTHS in config:
+        return _of_own_widths(made, spec, {name: tensor.to(dtype) for name, tensor in state.items()})
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(made, dtype=dtype)
     model = type(empty).from_pretrained(None, config=made, state_dict=state, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _of_own_widths(made: PretrainedConfig, spec: Spec, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """As `from_state`, for layers that transformers builds too wide: their memory is never touched."""
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(made, dtype=state[f"{spec.names.embed}.weight"].dtype)
+    narrow(model, spec)
+    model.load_state_dict(state, strict=False, assign=True)  # what is missing is a tied head
+    model.tie_weights()
     return model.eval().requires_grad_(False)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from tqdm import tqdm
 
 from .. import families
 from ..compact import UnitEntry
 from ..compact_writer import FolderWriter
-from ..errors import BadWeights, SourceError
+from ..errors import SourceError
 from ..kernels import dense, formats
 from ..kernels.unit import Packed, Unit
 from ..spec import Linear, Spec
+from . import zeros
+from .finite import refuse_bad
 from .layout import encode_group, encode_linear
 from .sources.source import Source
 from .stream import Stream
@@ -28,13 +32,13 @@ def pack(
 ) -> None:
     """Write every weight of `source`; `writer` skips what an interrupted run has finished.
 
-    dtype: cast floating weights; default keeps each as it is. format: for every linear module; default is
-    whichever fits and reads the fewest bytes for one row. Where units come compressed, it is for them, and for the
-    dense ones that it fits. Raises BadWeights, MissingTensors, LeftoverTensors, WrongShape, or SourceError for a
-    dtype that pared does not run.
+    dtype: cast floating weights; default keeps each as it is. format: for every linear of the layers, and for the
+    others that it fits; default is whichever fits and reads the fewest bytes for one row. Where units come compressed,
+    it is for them, and for the dense ones that it fits. Raises BadWeights, MissingTensors, LeftoverTensors, WrongShape,
+    or SourceError for a dtype that pared does not run.
     """
     spec = families.read(source.config)
-    packing = _Packing(spec, writer, dtype, format, mixed=source.units is not None)
+    packing = _Packing(spec, writer, dtype, format, mixed=source.units is not None, notes=source.notes)
     stream = Stream(source, spec, writer.holds)
     with tqdm(total=len(stream.shapes), desc="packing", unit="tensor", disable=not progress) as bar:
         for unit in source.units() if source.units else ():
@@ -52,10 +56,24 @@ class _Packing:
     """The state of one pass over a source: linears that wait for their other tensors."""
 
     def __init__(
-        self, spec: Spec, writer: FolderWriter, dtype: torch.dtype | None, format: str | None, mixed: bool
+        self,
+        spec: Spec,
+        writer: FolderWriter,
+        dtype: torch.dtype | None,
+        format: str | None,
+        mixed: bool,
+        notes: Mapping[str, str],
     ) -> None:
-        self.spec, self.writer, self.dtype, self.format, self.mixed = spec, writer, dtype, format, mixed
+        self.spec, self.writer, self.dtype, self.format, self.mixed, self.notes = (
+            spec,
+            writer,
+            dtype,
+            format,
+            mixed,
+            notes,
+        )
         self._linears = spec.linears()
+        self._inside = spec.in_layers()
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._embed = f"{spec.names.embed}.weight"
 
@@ -96,12 +114,15 @@ class _Packing:
     def _add_linear(self, linear: Linear, tensors: dict[str, torch.Tensor]) -> None:
         weight = tensors["weight"].t() if linear.transposed else tensors["weight"]
         unit = Unit({linear.path: (linear.n, linear.k)}, {**tensors, "weight": weight})
-        fits = self.format and (not self.mixed or formats.by_name(self.format).fits(unit) is None)
-        self._write(encode_linear(unit, self.format if fits else None, linear.transposed))
+        asked = self.format
+        if asked and (self.mixed or linear.path not in self._inside) and formats.by_name(asked).fits(unit):
+            asked = None
+        why = (self.notes.get(linear.path), zeros.describe(unit.tensors["weight"]))
+        self._write(encode_linear(unit, asked, linear.transposed), "; ".join(filter(None, why)))
 
-    def _write(self, packed: Packed) -> None:
+    def _write(self, packed: Packed, why: str = "") -> None:
         names = {role: _disk_name(next(iter(packed.modules)), role) for role in packed.tensors}
-        entry = UnitEntry(packed.format, packed.version, packed.modules, names, packed.params)
+        entry = UnitEntry(packed.format, packed.version, packed.modules, names, packed.params, why)
         self.writer.add_unit(entry, {names[role]: tensor for role, tensor in packed.tensors.items()})
 
 
@@ -115,16 +136,9 @@ def _checked(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torc
     """The tensor in its stored dtype, free of NaN and infinity before and after the cast."""
     if tensor.dtype not in DTYPES:
         raise SourceError(f"{name} is stored as {tensor.dtype}; pared takes float32, bfloat16 and float16 weights")
-    _refuse_bad(name, tensor, "")
+    refuse_bad(name, tensor)
     if dtype is None or dtype == tensor.dtype:
         return tensor
     cast = tensor.to(dtype)
-    _refuse_bad(name, cast, f" once cast from {tensor.dtype} to {dtype}; choose another --dtype")
+    refuse_bad(name, cast, f" once cast from {tensor.dtype} to {dtype}; choose another --dtype")
     return cast
-
-
-def _refuse_bad(name: str, tensor: torch.Tensor, context: str) -> None:
-    low, high = torch.aminmax(tensor)  # one pass without temporaries; NaN reaches both
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        index = tuple(torch.nonzero(~torch.isfinite(tensor))[0].tolist())
-        raise BadWeights(f"{name}{list(index)} is {tensor[index].item()}{context}")

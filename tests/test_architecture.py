@@ -17,13 +17,14 @@ SAME_ROOM = {
     "compact_writer": "compact",
     "durable": "compact",
     "spec": "families",
+    "narrow": "families",
     "terminal": "cli",
     "kernels_cli": "cli",
 }
 MAY_IMPORT = {
     "errors": set(),
     "families": {"errors"},
-    "compact": {"errors"},
+    "compact": {"errors", "families"},
     "kernels": {"errors"},
     "converters": {*CONTRACT, "kernels"},
     "runtime": {*CONTRACT, "kernels"},

@@ -177,7 +177,7 @@ def test_a_compressed_folder_stops_a_stock_loader(tmp_path, src):
         writer.finish(folder.config, {}, {})
         writer.publish()
     with open_folder(tmp_path / "out") as folder:
-        assert not folder.manifest.stock
+        assert not folder.stock
     script = "import sys, transformers as hf\nhf.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
     done = subprocess.run([sys.executable, "-P", "-c", script, tmp_path / "out"], capture_output=True, text=True)
     assert done.returncode != 0 and "mismatch" in done.stderr.lower()
@@ -463,5 +463,5 @@ def test_the_real_model_is_whole(smollm2):
     with open_folder(smollm2) as folder:
         folder.verify()
         assert len(folder.manifest.units) == 211
-        assert folder.manifest.stock
+        assert folder.stock
         assert sum(t.numel() for t in map(folder.tensor, folder.manifest.tensors)) == 134_515_008

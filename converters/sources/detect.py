@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import SourceError
-from . import basis_sharing, huggingface, lora, svd_llm
+from . import basis_sharing, compressed_tensors, huggingface, lora, structured, svd_llm
 from .source import Source
 
 FACTORED = (basis_sharing, svd_llm)
@@ -39,4 +39,6 @@ def _folder(path: Path) -> Source:
     for layout in FACTORED:
         if layout.recognises(names):
             return layout.open_source(plain, names)
-    return plain
+    if compressed_tensors.recognises(plain.config, names):
+        return compressed_tensors.open_source(plain, names)
+    return plain if lora.is_adapter(path) else structured.open_source(plain)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Source:
     generation_config.json, licence). tensors(skip): (Hugging Face name, tensor) in a fixed order, at most
     one shard in memory; what `skip(name)` refuses is not read. fingerprint: changes when the source does.
     units(): modules that are compressed already, each whole, in the order of their first layer; `tensors` lacks them.
+    notes: module path -> what was done to its weights on the way here, for people.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class Source:
     tensors: Callable[[Skip], Iterator[tuple[str, torch.Tensor]]]
     fingerprint: str
     units: Callable[[], Iterator[Unit]] | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """The names of all tensors; none is read."""

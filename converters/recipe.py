@@ -13,9 +13,9 @@ from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import BadParameter
-from .methods import basis_sharing, recover
+from .methods import basis_sharing, gblm, magnitude, recover, wanda
 
-METHODS: tuple[ModuleType, ...] = (basis_sharing, recover)
+METHODS: tuple[ModuleType, ...] = (basis_sharing, recover, magnitude, wanda, gblm)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,11 @@ class Step:
     method: ModuleType
     params: Any
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether a calibration text decides what it does; a method says `READS_TEXT = False` where none does."""
+        return getattr(self.method, "READS_TEXT", True)
+
 
 def parse(recipes: Sequence[str]) -> list[Step]:
     """The steps of a compression, in order.

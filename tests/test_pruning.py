@@ -12,6 +12,8 @@ import transformers as hf
 from torch import nn
 
 from pared import families
+from pared.compact import open_folder
+from pared.convert import convert
 from pared.converters import gradients, pruning, recipe
 from pared.converters import record as record_module
 from pared.converters.calibration import Calibration, tokenizer_of
@@ -20,6 +22,8 @@ from pared.converters.modelling import instantiate
 from pared.converters.record import Record
 from pared.converters.sources.detect import open_source
 from pared.errors import BadParameter, SourceError
+from pared.evaluate import decoder_logits
+from pared.runtime.loader import load
 from pared.spec import Spec
 from pared.tests import tiny
 
@@ -338,6 +342,61 @@ def test_masks_survive_as_bits():
         assert pruning.pack_bits(keep).shape == (5, (inputs + 7) // 8)
         assert torch.equal(pruning.unpack_bits(pruning.pack_bits(keep), inputs), keep)
     assert pruning.pack_bits(torch.tensor([[True, False, False, True]])).tolist() == [[0b1001]]
+
+
+# --- through convert --------------------------------------------------------------------------------
+
+TOKENS = torch.tensor([1, 7, 3, 30, 39, 0, 12])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{i * i % 37}" for i in range(3000)))
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama-tied-biased", "gpt2", "opt-projected"])
+@pytest.mark.parametrize("method", ["gblm:norm=l2", "wanda:pattern=2:4", "magnitude:pattern=4:8"])
+def test_the_folder_holds_the_pruned_model(tmp_path, text, name, method):
+    src = tiny.checkpoint(tmp_path / "src", name)
+    given = "" if method.startswith("magnitude") else ",samples=20,length=16"
+    convert(src, tmp_path / "out", methods=[method + given], calibration=text, progress=False)
+    model, (step,) = instantiate(open_source(src), torch.float32), recipe.parse([method + given])
+    record = Record(tmp_path / "record")
+    read = Calibration(tokenizer_of(open_source(src)), text.read_text(), text.name)
+    step.method.search(model, read, record, step.params, progress=False)
+    step.method.apply(model, record)
+    for path, keep in masks(record).items():
+        weight = model.get_submodule(path).weight
+        assert torch.equal((weight.t() if spec_of(model).transposed else weight) != 0, keep)
+    found = decoder_logits(load(tmp_path / "out", "cpu"))(TOKENS)
+    assert torch.allclose(found, model(TOKENS[None]).logits[0], rtol=1e-4, atol=1e-5)
+    with open_folder(tmp_path / "out") as folder:
+        (done,) = folder.manifest.provenance["methods"]
+    assert done["name"] == step.method.NAME
+    assert done["result"] == pruning.summary(record)
+    assert (done["calibration"] is None) == (step.method is magnitude)
+
+
+def test_only_methods_that_read_a_text_ask_for_one(tmp_path):
+    src = tiny.checkpoint(tmp_path / "src")
+    convert(src, tmp_path / "out", methods=["magnitude:sparsity=0.25"], progress=False)
+    with pytest.raises(BadParameter, match="wanda reads a text; give --calibration FILE"):
+        convert(src, tmp_path / "other", methods=["magnitude", "wanda"], progress=False)
+
+
+def test_a_killed_conversion_resumes_with_the_masks_that_are_there(tmp_path, text, monkeypatch):
+    src, recipes = tiny.checkpoint(tmp_path / "src"), ["gblm:samples=20,length=16", "magnitude:sparsity=0.75"]
+    convert(src, tmp_path / "whole", methods=recipes, calibration=text, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(magnitude, "search", dying_after(0, magnitude.search))
+        with pytest.raises(Killed):
+            convert(src, tmp_path / "torn", methods=recipes, calibration=text, progress=False)
+    assert not (tmp_path / "torn").exists()
+    monkeypatch.setattr(pruning, "LayerWalk", None)
+    convert(src, tmp_path / "torn", methods=recipes, calibration=text, progress=False)
+    assert (tmp_path / "torn/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
 # --- killed and taken up again ----------------------------------------------------------------------

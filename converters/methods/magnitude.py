@@ -15,6 +15,7 @@ from ..calibration import Calibration
 from ..record import Record
 
 NAME = "magnitude"
+READS_TEXT = False
 apply, summary = pruning.apply, pruning.summary
 
 
@@ -26,5 +27,5 @@ class Params(pruning.Params):
 def search(
     model: PreTrainedModel, calibration: Calibration, record: Record, params: Params, progress: bool = True
 ) -> None:
-    """Fill `record` with masks; the text is not looked at. Raises BadParameter, SourceError for NaN or infinity."""
+    """Fill `record` with masks; no text is looked at. Raises BadParameter, SourceError for NaN or infinity."""
     pruning.search_weights(model, record, params, progress, NAME)

@@ -27,7 +27,7 @@ from .calibration import Hooks, beside_hidden, first_of, hidden_of
 from .pruning import refuse_not_finite
 from .record import Record
 
-CHUNK = 8  # samples that go through the model between two writes of the sums
+CHUNK_TOKENS = 4096  # that go through the model between two writes of the sums; in whole windows, one at least
 PUBLISHED_SCALE = 100.0  # what GBLM-Pruner multiplies gradients with before it sums them
 SAMPLES = "samples"
 Gradient = Callable[[str], torch.Tensor]
@@ -72,9 +72,10 @@ def collect(
     """
     spec = families.read(model.config.to_dict())
     seen = {i: int(record.tensors(_part(i))[SAMPLES]) if record.holds(_part(i)) else 0 for i in wanted}
-    starts = range(min(seen.values()), len(tokens), CHUNK)
-    for start in tqdm(starts, "gradients", unit="chunk", disable=not progress):
-        _chunk(model, spec, tokens, range(start, min(start + CHUNK, len(tokens))), wanted, norm, record, seen)
+    windows, length = tokens.shape
+    step = max(1, CHUNK_TOKENS // length)
+    for start in tqdm(range(min(seen.values()), windows, step), "gradients", unit="chunk", disable=not progress):
+        _chunk(model, spec, tokens, range(start, min(start + step, windows)), wanted, norm, record, seen)
     layer_of = {path: i for i, paths in wanted.items() for path in paths}
 
     def gradient(path: str) -> torch.Tensor:

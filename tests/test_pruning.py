@@ -422,7 +422,7 @@ def dying_after(calls: int, real: Callable) -> Callable:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Record]:
     """What a search gives that nobody kills: 3 chunks of gradients and the masks of 2 layers, and the plan."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(gradients, "CHUNK", 5)
+        patched.setattr(gradients, "CHUNK_TOKENS", 5 * LENGTH)
         yield search(gblm, frozen("llama"), Record(tmp_path_factory.mktemp("whole")), norm="l2")
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -81,10 +81,8 @@ class Target:
     kind: str
 
 
-Targets = Mapping[int, list[Target]]
 # (target, weight [N, K], squared norm [K] of each input over all calibration tokens) -> scores [N, K]
 Score = Callable[[Target, torch.Tensor, torch.Tensor], torch.Tensor]
-Choose = Callable[[torch.Tensor, Params], torch.Tensor]
 
 
 def targets(model: PreTrainedModel, params: Params) -> dict[int, list[Target]]:
@@ -133,77 +131,74 @@ def lowest_in_matrix(scores: torch.Tensor, params: Params) -> torch.Tensor:
 # --- the walk ------------------------------------------------------------------------------------
 
 
-def done(record: Record, wanted: Targets) -> bool:
-    """Whether the record has every mask."""
-    return all(record.holds(_part(i)) for i in wanted)
+class Search:
+    """Fills a record with the masks of `targets`, block by block; blocks that it holds are not searched again."""
+
+    def __init__(self, model: PreTrainedModel, record: Record, params: Params, name: str, progress: bool) -> None:
+        self.model, self.record, self.params = model, record, params
+        self.spec = families.read(model.config.to_dict())
+        self.targets = targets(model, params)
+        self._bar = partial(tqdm, desc=name, unit="layer", disable=not progress)
+
+    def by_size(self) -> None:
+        """Each matrix by the size of its weights alone."""
+        for i in self._bar(self.targets):
+            self._choose(i, lambda _, weight: weight.abs(), lowest_in_matrix)
+        self._finish()
+
+    def by_inputs(self, tokens: torch.Tensor, score: Score) -> None:
+        """Each row by a score that looks at the inputs, over the windows `tokens`, int64 [windows, length]."""
+        last = max(self.targets)
+        if not all(self.record.holds(_part(i)) for i in self.targets):
+            walk = LayerWalk(self.model, self.spec, tokens)
+            for i in self._bar(range(last + 1)):
+                if i in self.targets:
+                    self._choose(i, partial(_Inputs(self.model, walk, self.targets[i]).score, score))
+                if i < last:
+                    with _pruned(self.model, self.spec, _masks(self.record, i) if i in self.targets else {}):
+                        walk.run(i)
+        self._finish()
+
+    def _choose(
+        self,
+        i: int,
+        score: Callable[[Target, torch.Tensor], torch.Tensor],
+        choose: Callable[[torch.Tensor, Params], torch.Tensor] = lowest_in_rows,
+    ) -> None:
+        if self.record.holds(_part(i)):
+            return
+        masks, facts = {}, {}
+        for target in self.targets[i]:
+            scores = score(target, weight_of(self.model, target.path, self.spec.transposed))
+            refuse_not_finite(
+                scores, f"the scores of {target.path}", "look at its weights, and at the calibration text"
+            )
+            keep = choose(scores, self.params)
+            masks[target.path] = pack_bits(keep)
+            facts[target.path] = {"kind": target.kind, "shape": list(keep.shape), "zeroed": int((~keep).sum())}
+        self.record.save(_part(i), masks, {"params": asdict(self.params), "modules": facts})
+
+    def _finish(self) -> None:
+        self.record.save("plan", {}, {"layers": list(self.targets)})
 
 
-def search_walking(
-    model: PreTrainedModel,
-    tokens: torch.Tensor,
-    record: Record,
-    params: Params,
-    score: Score,
-    progress: bool,
-    title: str,
-) -> None:
-    """Fill `record` with masks by a score that looks at inputs. tokens: int64 [windows, length]."""
-    wanted = targets(model, params)
-    if not done(record, wanted):
-        spec = families.read(model.config.to_dict())
-        walk = LayerWalk(model, spec, tokens)
-        for i in tqdm(range(max(wanted) + 1), title, unit="layer", disable=not progress):
-            layer = wanted.get(i, [])
-            if layer and not record.holds(_part(i)):
-                squares = _squares(model, walk, i, layer)
-                _save(model, spec, record, params, i, layer, partial(_of_inputs, score, squares))
-            if i < max(wanted):
-                with _pruned(model, spec, _masks(record, i) if layer else {}):
-                    walk.run(i)
-    _finish(record, wanted)
+class _Inputs:
+    """What the modules of the walk's next layer read, looked at when the first score asks; the walk stays there."""
 
+    def __init__(self, model: PreTrainedModel, walk: LayerWalk, layer: Sequence[Target]) -> None:
+        self.walk, self.modules = walk, {t.observed: model.get_submodule(t.observed) for t in layer}
 
-def search_weights(model: PreTrainedModel, record: Record, params: Params, progress: bool, title: str) -> None:
-    """Fill `record` with masks by the size of the weights alone."""
-    wanted, spec = targets(model, params), families.read(model.config.to_dict())
-    for i, layer in tqdm(wanted.items(), title, unit="layer", disable=not progress):
-        if not record.holds(_part(i)):
-            _save(model, spec, record, params, i, layer, lambda _, w: w.abs(), lowest_in_matrix)
-    _finish(record, wanted)
+    def score(self, score: Score, target: Target, weight: torch.Tensor) -> torch.Tensor:
+        """The score of a module's weights under its inputs."""
+        return score(target, weight, self._squares[target.observed])
 
-
-def _of_inputs(score: Score, squares: dict[str, torch.Tensor], target: Target, weight: torch.Tensor) -> torch.Tensor:
-    return score(target, weight, squares[target.observed])
-
-
-def _squares(model: PreTrainedModel, walk: LayerWalk, i: int, layer: list[Target]) -> dict[str, torch.Tensor]:
-    """Squared input norms of a layer's modules; the walk stays in front of it."""
-    before = list(walk.hidden)
-    with squares_of_inputs({t.observed: model.get_submodule(t.observed) for t in layer}) as squares:
-        walk.run(i)
-    walk.hidden, walk.at = before, i
-    return squares
-
-
-def _save(
-    model: PreTrainedModel,
-    spec: Spec,
-    record: Record,
-    params: Params,
-    i: int,
-    layer: list[Target],
-    score: Callable[[Target, torch.Tensor], torch.Tensor],
-    choose: Choose = lowest_in_rows,
-) -> None:
-    masks, facts = {}, {}
-    for target in layer:
-        weight = weight_of(model, target.path, spec.transposed)
-        scores = score(target, weight)
-        refuse_not_finite(scores, f"the scores of {target.path}", "look at its weights, and at the calibration text")
-        keep = choose(scores, params)
-        masks[target.path] = pack_bits(keep)
-        facts[target.path] = {"kind": target.kind, "shape": list(keep.shape), "zeroed": int((~keep).sum())}
-    record.save(_part(i), masks, {"params": asdict(params), "modules": facts})
+    @cached_property
+    def _squares(self) -> dict[str, torch.Tensor]:
+        before, at = list(self.walk.hidden), self.walk.at
+        with squares_of_inputs(self.modules) as squares:
+            self.walk.run(at)
+        self.walk.hidden, self.walk.at = before, at
+        return squares
 
 
 def refuse_not_finite(values: torch.Tensor, what: str, hint: str) -> None:
@@ -229,10 +224,6 @@ def unpack_bits(bits: torch.Tensor, inputs: int) -> torch.Tensor:
 
 def _part(i: int) -> str:
     return f"layer-{i:04d}"
-
-
-def _finish(record: Record, wanted: Targets) -> None:
-    record.save("plan", {}, {"layers": list(wanted)})
 
 
 def _masks(record: Record, i: int) -> dict[str, torch.Tensor]:

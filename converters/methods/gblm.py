@@ -53,21 +53,23 @@ def search(
     it has not, SourceError for too little text, a gradient file of another model, or NaN and infinity.
     """
     tokens = calibration.windows(params.samples, params.length, params.seed)
-    gradient = _gradient(model, tokens, record, params, progress)
+    pruner = pruning.Search(model, record, params, NAME, progress)
+    gradient = _gradient(pruner, tokens, params, progress)
     in_code = params.form == "code"
 
     def score(target: pruning.Target, weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         loud = (squares / params.samples if in_code else squares).float().sqrt()
         return (weight.abs() * loud).float() + (weight.abs() * gradient(target.path)).float()
 
-    pruning.search_walking(model, tokens, record, params, score, progress, NAME)
+    pruner.by_inputs(tokens, score)
 
 
 def _gradient(
-    model: PreTrainedModel, tokens: torch.Tensor, record: Record, params: Params, progress: bool
+    pruner: pruning.Search, tokens: torch.Tensor, params: Params, progress: bool
 ) -> Callable[[str], torch.Tensor]:
     """path -> the gradient term of its weight [N, K], alpha in it."""
-    wanted = {i: [t.path for t in layer] for i, layer in pruning.targets(model, params).items()}
+    model, record = pruner.model, pruner.record
+    wanted = {i: [target.path for target in layer] for i, layer in pruner.targets.items()}
     if params.gradients is not None:
         published = open_published(Path(params.gradients), model, wanted)
         return lambda path: published(path) * (params.alpha / PUBLISHED_SCALE)

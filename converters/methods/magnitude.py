@@ -28,4 +28,4 @@ def search(
     model: PreTrainedModel, calibration: Calibration, record: Record, params: Params, progress: bool = True
 ) -> None:
     """Fill `record` with masks; no text is looked at. Raises BadParameter, SourceError for NaN or infinity."""
-    pruning.search_weights(model, record, params, progress, NAME)
+    pruning.Search(model, record, params, NAME, progress).by_size()

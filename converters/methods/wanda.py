@@ -48,4 +48,4 @@ def search(
     def score(_: pruning.Target, weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         return weight.abs() * (squares / params.samples).float().sqrt()
 
-    pruning.search_walking(model, tokens, record, params, score, progress, NAME)
+    pruning.Search(model, record, params, NAME, progress).by_inputs(tokens, score)

@@ -98,9 +98,11 @@ class _Recipe:
         from .converters.recipe import parse  # brings transformers, which a plain conversion does without
 
         steps = parse(methods)
-        if calibration is None:
-            raise BadParameter(f"{steps[0].method.NAME} reads a text; give --calibration FILE")
-        return cls(steps, _text(Path(calibration)), Path(calibration).name)
+        if calibration is not None:
+            return cls(steps, _text(Path(calibration)), Path(calibration).name)
+        if reader := next((step.method.NAME for step in steps if step.reads_text), None):
+            raise BadParameter(f"{reader} reads a text; give --calibration FILE")
+        return cls(steps)
 
     def run(
         self, source: Source, cast: torch.dtype | None, writer: FolderWriter, progress: bool

@@ -2,7 +2,8 @@
 
     roofline       bytes of one layer against GB/s, every form at one row, under the ceiling of the same run
     rows           how many times as fast as the best dense path, from 1 row to 512
-    quality        perplexity against bytes read, and against decode speed where bench/decode_speed.py has measured it
+    quality        perplexity against bytes read, and against decode speed where bench/decode_speed.py has measured it;
+                   of pruned models, pattern by pattern
 
 `make plots` draws what it finds: CPU results, and the GPU report's once there is one. Dry reports are refused.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParedError
+from .pruning_plot import by_pattern
 from .record import RESULTS
 
 PLOTS = RESULTS / "plots"
@@ -267,6 +269,8 @@ def figures(results: Path) -> Iterator[tuple[str, Any]]:
         yield "quality_bytes", quality_bytes(table)
     if table and speeds:
         yield "quality_speed", quality_speed(table, speeds)
+    if pruned := _read(results / "quality_pruning.json"):
+        yield "quality_pruning", by_pattern(pruned, *_figure())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,17 +7,18 @@ and training read BoolQ "train" passages, perplexity BoolQ "dev" passages: no pa
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..kernels.dispatch import set_threads
 from ..terminal import print_table
+from . import table as tables
 
+S = TypeVar("S")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality_basis_sharing"
 WORK = ROOT / ".data" / "quality"
@@ -76,10 +77,7 @@ def main() -> None:
     parser.add_argument("--no-recovery", action="store_true", help="only the compressed models, untrained")
     arguments = parser.parse_args()
     known = {setting.name: setting for setting in SETTINGS}
-    names = list(known) if arguments.rows is None else arguments.rows.split(",")
-    if unknown := [name for name in names if name not in known]:
-        sys.exit(f"--rows: no row is called {unknown[0]!r}; known are {', '.join(known)}")
-    wanted = [known[name] for name in names]
+    wanted = chosen(known, arguments.rows)
     results = load()
     if "dense" not in results["rows"]:
         save(results, "dense", {"perplexity": perplexity(fresh())})
@@ -91,27 +89,26 @@ def main() -> None:
     print(PROTOCOL)
 
 
+def chosen(known: Mapping[str, S], names: str | None) -> list[S]:
+    """The settings of these names, separated by commas; all without. Exits naming one that is not known."""
+    wanted = list(known) if names is None else names.split(",")
+    if unknown := [name for name in wanted if name not in known]:
+        sys.exit(f"--rows: no row is called {unknown[0]!r}; known are {', '.join(known)}")
+    return [known[name] for name in wanted]
+
+
 # --- results -------------------------------------------------------------------------------------
 
 
 def load() -> dict[str, Any]:
     """The rows of an earlier run with this protocol, or none."""
-    path = RESULTS.with_suffix(".json")
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("protocol") == PROTOCOL else {"protocol": PROTOCOL, "rows": {}}
+    return tables.load(RESULTS, PROTOCOL)
 
 
 def save(results: dict[str, Any], name: str, row: dict[str, Any]) -> None:
     """Add to a row, and write JSON and table."""
-    from . import record
-
-    results.update(record.circumstances())
-    results["rows"].setdefault(name, {}).update(row)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    lines = [COLUMNS, ("---:",) * len(COLUMNS), *table(results)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    RESULTS.with_suffix(".md").write_text(f"# Basis Sharing on SmolLM2-135M-Instruct\n\n{PROTOCOL}\n\n{text}\n")
+    tables.add(results, name, row)
+    tables.write(RESULTS, results, "Basis Sharing on SmolLM2-135M-Instruct", COLUMNS, table(results))
 
 
 def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -208,14 +205,15 @@ def sizes(model: Any) -> dict[str, float]:
     return {"read": read / dense, "stored": stored / dense}
 
 
-def perplexity(model: Any) -> float:
-    """On the first windows of the BoolQ dev passages."""
+def perplexity(model: Any, passages: Sequence[str] | None = None) -> float:
+    """On the first windows of these passages, of BoolQ dev without."""
     import torch
 
     from ..evaluate import perplexity as of
     from .data import boolq_passages, corpus
 
-    tokens = calibration().tokenizer(corpus(boolq_passages("dev")[:400]), add_special_tokens=False, verbose=False)
+    text = corpus(list(passages or boolq_passages("dev")[:400]))
+    tokens = calibration().tokenizer(text, add_special_tokens=False, verbose=False)
 
     def logits(window: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

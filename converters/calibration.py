@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,15 +102,14 @@ class LayerWalk:
         """Take the hidden states of all windows through layer i."""
         self.at = i + 1
         for b, hidden in enumerate(self.hidden):
-            out = self.layers[i](hidden, **self._arguments[i, hidden.shape[0]])
-            self.hidden[b] = out[0] if isinstance(out, tuple) else out
+            self.hidden[b] = first_of(self.layers[i](hidden, **self._arguments[i, hidden.shape[0]]))
 
     @torch.no_grad()
     def _first_input(self, batch: torch.Tensor) -> torch.Tensor:
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Stop(args[0] if args else kwargs["hidden_states"])
+            raise _Stop(hidden_of(args, kwargs))
 
-        with contextlib.closing(_Hooks(self.layers[0].register_forward_pre_hook(stop, with_kwargs=True))):
+        with contextlib.closing(Hooks(self.layers[0].register_forward_pre_hook(stop, with_kwargs=True))):
             try:
                 self.model(input_ids=batch, use_cache=False)
             except _Stop as caught:
@@ -124,15 +123,29 @@ class LayerWalk:
         for i, layer in enumerate(self.layers):
 
             def keep(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i) -> None:
-                kept = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
-                self._arguments[i, batch.shape[0]] = kept
+                self._arguments[i, batch.shape[0]] = beside_hidden(kwargs)
 
             handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
-        with contextlib.closing(_Hooks(*handles)):
+        with contextlib.closing(Hooks(*handles)):
             self.model(input_ids=batch, use_cache=False)
 
 
-class _Hooks:
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a layer, [B, T, hidden]."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def beside_hidden(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The other arguments of a layer, without a cache."""
+    return {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
+
+
+def first_of(out: Any) -> torch.Tensor:
+    """The hidden states that a layer returns, alone or in a tuple."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+class Hooks:
     """Hook handles that are removed together."""
 
     def __init__(self, *handles: Any) -> None:
@@ -149,16 +162,31 @@ def gram_of_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, torch.Te
 
     Products are fp32, as in the reference of Basis Sharing; sums are fp64.
     """
-    grams: dict[str, torch.Tensor] = {}
+    with _sums_of_inputs(modules, lambda x: x.t() @ x) as grams:
+        yield grams
+
+
+@contextlib.contextmanager
+def squares_of_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, sums the squares of each input over all rows X [tokens, K] that reach a module: name -> fp64 [K]."""
+    with _sums_of_inputs(modules, lambda x: x.double().square().sum(0)) as squares:
+        yield squares
+
+
+@contextlib.contextmanager
+def _sums_of_inputs(
+    modules: dict[str, nn.Module], of: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, sums `of(X)` in fp64 over the calls of each module, X fp32 [tokens, K]."""
+    sums: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> Any:
         def add(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().flatten(0, -2).float()
-            product = (x.t() @ x).double()
-            grams[name] = grams[name].add_(product) if name in grams else product
+            found = of(args[0].detach().flatten(0, -2).float()).double()
+            sums[name] = sums[name].add_(found) if name in sums else found
 
         return add
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    with contextlib.closing(_Hooks(*handles)):
-        yield grams
+    with contextlib.closing(Hooks(*handles)):
+        yield sums

@@ -38,7 +38,7 @@ def compress(
             {
                 "name": step.method.NAME,
                 "params": asdict(step.params),
-                "calibration": {"name": name, "sha256": calibration.sha256},
+                "calibration": {"name": name, "sha256": calibration.sha256} if step.reads_text else None,
                 "result": step.method.summary(record),
             }
         )

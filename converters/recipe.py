@@ -13,9 +13,9 @@ from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import BadParameter
-from .methods import basis_sharing, recover
+from .methods import basis_sharing, gblm, magnitude, recover, wanda
 
-METHODS: tuple[ModuleType, ...] = (basis_sharing, recover)
+METHODS: tuple[ModuleType, ...] = (basis_sharing, recover, magnitude, wanda, gblm)
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Step:
 
     method: ModuleType
     params: Any
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a calibration text decides what it does; a method says `READS_TEXT = False` where none does."""
+        return getattr(self.method, "READS_TEXT", True)
 
 
 def parse(recipes: Sequence[str]) -> list[Step]:

@@ -64,6 +64,26 @@ def test_quality_needs_a_row_measured_both_ways() -> None:
         assert "30 %" not in text
 
 
+def test_pruned_models_are_drawn_pattern_by_pattern(tmp_path: Path) -> None:
+    def row(boolq: float) -> dict[str, object]:
+        return {"perplexity": {"boolq": boolq, "xsum": 1.5 * boolq}}
+
+    rows = {
+        "dense": row(20.0),
+        "wanda-2:4": row(123.0),
+        "magnitude-2:4": row(4567.0),
+        "gblm-l1-unstructured": row(41.0),
+    }
+    (tmp_path / "quality_pruning.json").write_text(json.dumps({"rows": rows}))
+    ((name, figure),) = plots.figures(tmp_path)
+    (axes,) = figure.axes
+    assert name == "quality_pruning"
+    assert {"123", "4567", "41", "dense 20.0"} <= set(words(figure).splitlines())
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["unstructured", "4:8", "2:4"]
+    assert axes.get_yscale() == "log"
+    assert {y for line in axes.lines for y in line.get_ydata()} >= {123.0, 184.5, 4567.0, 41.0, 20.0}
+
+
 def test_every_result_gets_its_picture(tmp_path: Path) -> None:
     names = {name for name, _ in plots.figures(plots.RESULTS)}
     for path in plots.RESULTS.glob("cpu_formats_*.json"):

@@ -1,4 +1,4 @@
-"""The quality table: its rows name recipes that exist, and are kept only while the protocol is the same."""
+"""The quality tables: their rows name recipes that exist, and are kept only while the protocol is the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from pared.bench import quality
+from pared.bench import pruning, quality
+from pared.bench import table as tables
 from pared.converters import recipe
 
 
@@ -41,3 +42,40 @@ def test_an_unknown_row_is_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["quality", "--rows", "20-g2,25-g3"])
     with pytest.raises(SystemExit, match="no row is called '25-g3'; known are 10-g1"):
         quality.main()
+
+
+# --- pruning -----------------------------------------------------------------------------------------
+
+
+def test_every_pruning_row_is_a_recipe_of_its_own():
+    steps = {setting.name: recipe.parse([setting.recipe])[0] for setting in pruning.SETTINGS}
+    assert len(steps) == len(pruning.SETTINGS) == len({step.params for step in steps.values()}) == 12
+    assert {step.method.NAME for step in steps.values()} == {"gblm", "wanda", "magnitude"}
+    assert all(step.params.pattern == name.rpartition("-")[2] for name, step in steps.items())
+    assert steps["gblm-l2-2:4"].params.norm == "l2"
+    assert steps["gblm-l2-2:4"].params.gradients == str(pruning.gradient_file("l2"))
+
+
+def row(boolq: float, xsum: float) -> dict[str, object]:
+    return {"perplexity": {"boolq": boolq, "xsum": xsum}, "zeroed": 0.5}
+
+
+def test_the_pruning_table_says_whether_the_papers_order_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(pruning, "RESULTS", tmp_path / "pruning")
+    results = tables.load(pruning.RESULTS, pruning.PROTOCOL)
+    pruning.save(results, "dense", row(20, 30))
+    rows = {"gblm-l1": row(38, 62), "gblm-l2": row(39, 61), "wanda": row(40, 60), "magnitude": row(400, 90)}
+    for name, found in rows.items():
+        assert pruning.order(results["rows"]) == []
+        pruning.save(results, f"{name}-4:8", found)
+    text = (tmp_path / "pruning.md").read_text().splitlines()
+    assert text[-8:] == [
+        "| dense | - | 0.0 % | 20.00 | 30.00 |",
+        "| gblm-l1 | 4:8 | 50.0 % | 38.00 | 62.00 |",
+        "| gblm-l2 | 4:8 | 50.0 % | 39.00 | 61.00 |",
+        "| wanda | 4:8 | 50.0 % | 40.00 | 60.00 |",
+        "| magnitude | 4:8 | 50.0 % | 400.00 | 90.00 |",
+        "",
+        "- 4:8, boolq: gblm-l1 is at or below wanda (0.950 of its perplexity), magnitude at 10.0 times wanda's.",
+        "- 4:8, xsum: gblm-l2 is above wanda (1.017 of its perplexity), magnitude at 1.5 times wanda's.",
+    ]

@@ -17,6 +17,7 @@ SAME_ROOM = {
     "compact_writer": "compact",
     "durable": "compact",
     "spec": "families",
+    "harness": "evaluate",
     "terminal": "cli",
     "kernels_cli": "cli",
 }
@@ -42,6 +43,8 @@ ONLY_IN = {
     "typer": {"cli.py", "kernels_cli.py"},
     "rich": {"terminal.py"},
     "matplotlib": {"bench"},
+    "lm_eval": {"harness.py"},
+    "datasets": {"bench/data.py"},
 }
 LINES = {"kernels": 400}
 LINES_ELSEWHERE, FUNCTION_LINES, KERNEL_LINES = 300, 40, 80

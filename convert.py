@@ -58,8 +58,7 @@ def convert(
     in the same dtype. `dst` appears only when it is whole and has been loaded; an interrupted conversion resumes.
     Raises SourceError and FolderError with what to do next.
     """
-    if format is not None and format not in (known := [module.NAME for module in formats.FORMATS]):
-        raise BadParameter(f"no format is called {format!r}; known are {', '.join(known)}")
+    _refuse_unknown(format)
     cast = _dtype(dtype)
     recipe = _Recipe.read(methods, calibration)
     measured = None if text is None else _text(Path(text))
@@ -188,6 +187,12 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as wrong:
         raise BadParameter(f"the text {path} cannot be read ({wrong})") from None
+
+
+def _refuse_unknown(format: str | None) -> None:
+    known = [module.NAME for module in formats.FORMATS]
+    if format is not None and format not in known:
+        raise BadParameter(f"no format is called {format!r}; known are {', '.join(known)}")
 
 
 def _refuse_same(src: Path, dst: Path) -> None:

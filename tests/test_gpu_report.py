@@ -16,6 +16,7 @@ import torch
 
 from pared.bench import gpu_report
 from pared.bench.gpu import layers, markdown, targets
+from pared.bench.gpu.measuring import measure_sets
 from pared.bench.gpu.report import Part, Report
 from pared.bench.gpu.setting import setting
 from pared.kernels import dense, formats
@@ -154,7 +155,7 @@ def test_no_time_for_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = dense.apply
     monkeypatch.setattr(dense, "apply", lambda x, prepared, path: honest(x, prepared, path) * 1.01)
     sides = layers.sides_of((layers.TORCH,), (dense,))
-    rows = {row["side"]: row for row in layers.measure_sets([[layers.lone(64, 64)]], 1, sides, setting(True), 1.0)}
+    rows = {row["side"]: row for row in measure_sets([[layers.lone(64, 64)]], 1, sides, setting(True), 1.0)}
     assert "our error is" in rows["dense"]["failed"]
     assert "time_us" not in rows["dense"]
     assert "time_us" in rows[layers.TORCH]
@@ -169,7 +170,7 @@ def test_a_peer_that_is_wrong_has_no_time_either(monkeypatch: pytest.MonkeyPatch
         return lambda: layers.F.linear(x, row[0].tensors["weight"]) * 1.01
 
     monkeypatch.setitem(layers.PEERS, "wrong", (make, layers.Peer(wrong, inputs=0.5)))
-    (row,) = layers.measure_sets([[layers.lone(64, 64)]], 1, layers.sides_of(("wrong",)), setting(True), 1.0)
+    (row,) = measure_sets([[layers.lone(64, 64)]], 1, layers.sides_of(("wrong",)), setting(True), 1.0)
     assert "our error is" in row["failed"] and "time_us" not in row
 
 
@@ -178,7 +179,7 @@ def test_a_baseline_is_never_refused_for_its_own_error(monkeypatch: pytest.Monke
     honest = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: honest(x, w, b) * 1.01)
     sides = layers.sides_of((layers.TORCH,), (dense,))
-    rows = {row["side"]: row for row in layers.measure_sets([[layers.lone(64, 64)]], 1, sides, setting(True), 1.0)}
+    rows = {row["side"]: row for row in measure_sets([[layers.lone(64, 64)]], 1, sides, setting(True), 1.0)}
     assert "time_us" in rows[layers.TORCH]
     assert rows[layers.TORCH]["error_rms"]["ours"] > 1e-3
     assert "time_us" in rows["dense"]

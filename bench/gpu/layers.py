@@ -1,7 +1,7 @@
-"""Layers of linears in every form that the formats give them, beside cuBLAS, over cold weights.
+"""Layers of linears in every form that the formats give them, and as peers compute them, over cold weights.
 
 `FORMS` are ways to make a unit of random weights; a format is measured in every form that it fits, so a new format
-appears here by itself. No time is given for a side whose result is not as near to the unrounded one as plain torch's.
+appears here by itself. `PEERS` are what no format of ours computes. measuring.py times them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from ...converters.low_rank import rank
 from ...errors import KernelError
 from ...kernels import dense, formats, int8, shared_basis
 from ...kernels.unit import Packed, Prepared, Unit
-from .. import record
 from .setting import GROUP, RATIOS, Setting
-from .timing import Call, Recorded, in_turns, microseconds
+from .timing import Call
 
 TORCH, TWICE = "F.linear", "F.linear twice"
 GATHER, SPARSELT = "gather of half the inputs", "cuSPARSELt 2:4"
@@ -194,7 +193,7 @@ PEERS: dict[str, tuple[Make, Peer]] = {
 }
 
 
-# --- measuring -----------------------------------------------------------------------------------
+# --- layers --------------------------------------------------------------------------------------
 
 
 class Layer:
@@ -278,49 +277,3 @@ def _laid_out(module: ModuleType, row: list[Packed], device: torch.device) -> li
     parts = [(module.prepare(packed, device), next(iter(packed.modules))) for packed in row]
     stacked = module.stack(parts) if len(parts) > 1 else None
     return parts if stacked is None else [(stacked, parts[0][1])]
-
-
-def measure_sets(sets: Sets, m: int, sides: Sequence[Side], setting: Setting, ceiling: float) -> list[dict[str, Any]]:
-    """One row a side: all sets together as one time, quartiles over rounds in which every side had its turn.
-
-    A side that is wrong or cannot run gets its error instead of a time.
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    runs: dict[str, Recorded] = {}
-    for side in sides:
-        rows[side.name] = {"side": side.name, "format": side.format.NAME if side.format else "torch", "m": m}
-        try:
-            layer = Layer(side, sets, m, setting)
-            rows[side.name] |= {"bytes": layer.nbytes, "error_rms": layer.check()}
-            runs[side.name] = _recorded(layer, setting)
-        except Exception as error:  # one broken kernel must not take the others' numbers along
-            rows[side.name] |= {"failed": f"{type(error).__name__}: {error}"[:500]}
-    seconds = in_turns(runs, setting.rounds)
-    for name, taken in seconds.items():
-        rows[name] |= _summary(rows[name]["bytes"], [s * len(sets) for s in taken], ceiling)
-    _compare(rows, seconds)
-    return list(rows.values())
-
-
-def _recorded(layer: Layer, setting: Setting) -> Recorded:
-    copies = [layer.calls() for _ in range(-(-setting.rotated // layer.nbytes))]
-    repeats = -(-setting.recorded // (layer.nbytes * len(copies)))
-    calls = [call for _ in range(repeats) for copy in copies for call in copy]
-    return Recorded(calls, setting.device, warm=len(layer.packs))
-
-
-def _summary(nbytes: int, seconds: list[float], ceiling: float) -> dict[str, Any]:
-    rate = nbytes / record.quartiles(seconds)[1] / 1e9
-    return {"time_us": microseconds(seconds), "gb_per_s": rate, "percent_of_ceiling": 100 * rate / ceiling}
-
-
-def _compare(rows: dict[str, dict[str, Any]], seconds: dict[str, list[float]]) -> None:
-    """Add to every row how many times as fast it is as the best dense path, and as cuBLAS: quartiles, pair by pair."""
-    dense_sides = [name for name in (TORCH, dense.NAME) if name in seconds]
-    if not dense_sides:
-        return
-    best = min(dense_sides, key=lambda name: record.quartiles(seconds[name])[1])
-    for name, taken in seconds.items():
-        rows[name] |= {"best_dense": best, "ratio": record.ratios(taken, seconds[best])}
-        if TORCH in seconds:
-            rows[name]["ratio_to_torch"] = record.ratios(taken, seconds[TORCH])

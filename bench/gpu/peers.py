@@ -17,7 +17,8 @@ from ...runtime.model import Projection
 from .. import record
 from . import ceilings
 from .decode import Subject, _apart, _wait
-from .layers import GATHER, SPARSELT, TORCH, TWICE, layer_of, measure_sets, sides_of
+from .layers import GATHER, SPARSELT, TORCH, TWICE, layer_of, sides_of
+from .measuring import measure_sets
 from .report import Part
 from .setting import Setting
 

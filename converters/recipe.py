@@ -1,7 +1,8 @@
 """What `--method` says: `basis_sharing:ratio=20,group=2` names a method and sets its parameters.
 
 A method is a module with NAME, a frozen dataclass `Params` whose LIMITS bound its numbers,
-search(model, calibration, work, params, progress) -> Record, apply(model, record) and summary(record).
+search(model, calibration, record, params, progress), apply(model, record) and summary(record). Params whose
+`reads_text` is False need no calibration text.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import BadParameter
-from .methods import basis_sharing, recover
+from .methods import basis_sharing, recover, sleb
 
-METHODS: tuple[ModuleType, ...] = (basis_sharing, recover)
+METHODS: tuple[ModuleType, ...] = (sleb, basis_sharing, recover)
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Step:
 
     method: ModuleType
     params: Any
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether `search` needs the calibration text."""
+        return getattr(self.params, "reads_text", True)
 
 
 def parse(recipes: Sequence[str]) -> list[Step]:
@@ -105,4 +111,4 @@ def _described(hint: Any) -> str:
         return f"one of {', '.join(get_args(plain))}"
     if get_origin(plain) is tuple:
         return "a list of numbers such as 0-3,7" if get_args(plain)[0] is int else "a list of names"
-    return {"int": "a whole number", "float": "a number"}[plain.__name__]
+    return {"int": "a whole number", "float": "a number", "str": "a text"}[plain.__name__]

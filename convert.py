@@ -93,7 +93,7 @@ class _Recipe:
         from .converters.recipe import parse  # brings transformers, which a plain conversion does without
 
         steps = parse(methods)
-        readers = [step.method.NAME for step in steps if step.reads_text]
+        readers = [step.method.NAME for step in steps if step.reads == "text"]
         if readers and calibration is None:
             raise BadParameter(f"{readers[0]} reads a text; give --calibration FILE")
         if not readers and calibration is not None:

@@ -28,7 +28,8 @@ def compress(
     """
     if source.units is not None:
         raise BadParameter(f"{source.path} is compressed already; give the dense checkpoint, or leave --method out")
-    calibration = Calibration(tokenizer_of(source), text, name) if any(step.reads_text for step in steps) else None
+    tokens = any(step.reads != "nothing" for step in steps)
+    calibration = Calibration(tokenizer_of(source), text, name) if tokens else None
     read = calibration and {"name": name, "sha256": calibration.sha256}
     model = instantiate(source, torch.float32)
     done = []
@@ -40,7 +41,7 @@ def compress(
             {
                 "name": step.method.NAME,
                 "params": asdict(step.params),
-                "calibration": read if step.reads_text else None,
+                "calibration": read if step.reads == "text" else None,
                 "result": step.method.summary(record),
             }
         )

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .. import families
+from ..embedding import FILE as EMBEDDING
+from ..embedding import Embedding
 from ..kernels.shared_basis import BIAS, COEFFICIENTS
 from ..kernels.unit import Unit
 from .sources.source import Skip, Source
@@ -126,7 +128,7 @@ def _unit(members: Iterable[tuple[str, BasisLinear]]) -> Unit:
 def as_source(model: PreTrainedModel, source: Source) -> Source:
     """The model as a source: its dense weights as a stream, its compressed ones as units; the rest is `source`'s.
 
-    The config has what methods changed in the model's.
+    The config has what methods changed in the model's, and an encoder brings embedding.json.
     """
     compressed = {path for paths in units(model) for path in paths}
 
@@ -136,7 +138,9 @@ def as_source(model: PreTrainedModel, source: Source) -> Source:
                 yield name, parameter.detach()
 
     config = source.config | _changes(model, source)
-    return replace(source, config=config, tensors=tensors, units=lambda: iter(units(model).values()))
+    embedding: Embedding | None = getattr(model, "embedding", None)
+    files = source.files | ({} if embedding is None else {EMBEDDING: embedding.file()})
+    return replace(source, config=config, files=files, tensors=tensors, units=lambda: iter(units(model).values()))
 
 
 def _changes(model: PreTrainedModel, source: Source) -> dict[str, Any]:

@@ -68,9 +68,9 @@ class Params:
             raise BadParameter("sleb takes one of blocks=6, percent=20 and remove=5,4,9")
 
     @property
-    def reads_text(self) -> bool:
-        """False where the list is given."""
-        return self.remove is None
+    def reads(self) -> str:
+        """Nothing where the list is given."""
+        return "text" if self.remove is None else "nothing"
 
     def count(self, layers: int) -> int:
         """How many blocks to remove of so many. Raises BadParameter."""

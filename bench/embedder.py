@@ -90,7 +90,7 @@ def by_depth() -> dict[str, Any]:
 
     recipe_text = f"l3prune:choose=large,pairs={pairs_file()},batches={CHOICE_BATCHES},max_length={TRAINING_LENGTH}"
     (step,) = recipe.parse([recipe_text])
-    model, found = quality.fresh(), Record(WORK / "choice")
+    model, found = quality.fresh(), Record(WORK / f"choice-{TRAINING_LENGTH}")
     l3prune.search(model, quality.calibration(), found, step.params)
     facts = l3prune.summary(found)
     spec, some = families.read(model.config.to_dict()), data.boolq_dev_pairs()[:BY_DEPTH]

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, families
-from .compact import CONFIG, Folder, UnitEntry, open_folder
+from .compact import CONFIG, Folder, UnitEntry, file_sha256, open_folder
 from .compact_writer import FolderWriter
 from .converters.pack import pack
 from .converters.removal import drop_zeros
@@ -68,13 +68,13 @@ def convert(
     measured = None if text is None else _text(Path(text))
     source = open_source(src)
     _refuse_same(Path(src), Path(dst))
-    key = _key(source.fingerprint, str(cast), format, max_shard_bytes, *methods, recipe.text)
+    key = _key(source.fingerprint, str(cast), format, max_shard_bytes, *methods, recipe.text, recipe.files)
     with FolderWriter(dst, resume_key=key, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         before = [_original(source, writer, cast, measured, progress)] if methods else []
         packed, dtype, done = recipe.run(source, cast, writer, progress)
         packed = packed if format == dense.NAME else drop_zeros(packed)
         pack(packed, writer, dtype, format, progress)
-        partial = writer.finish(_config(packed, cast), _provenance(source, cast, done), source.files)
+        partial = writer.finish(_config(packed, cast), _provenance(source, cast, done), packed.files)
         if not before and not _stock(partial):
             before = [_original(source, writer, cast, measured, progress)]
         row = replace(measure(partial, measured, progress=progress), name=Path(dst).name)
@@ -85,11 +85,12 @@ def convert(
 
 @dataclass(frozen=True)
 class _Recipe:
-    """The methods of a conversion, and the calibration text that they read."""
+    """The methods of a conversion, and the calibration text that they read. files: digests of what else they read."""
 
     steps: Sequence[Any] = ()
     text: str = ""
     name: str = ""
+    files: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, methods: Sequence[str], calibration: str | Path | None) -> _Recipe:
@@ -100,11 +101,15 @@ class _Recipe:
         from .converters.recipe import parse  # brings transformers, which a plain conversion does without
 
         steps = parse(methods)
-        if calibration is not None:
-            return cls(steps, _text(Path(calibration)), Path(calibration).name)
-        if reader := next((step.method.NAME for step in steps if step.reads_text), None):
-            raise BadParameter(f"{reader} reads a text; give --calibration FILE")
-        return cls(steps)
+        readers = [step.method.NAME for step in steps if step.reads == "text"]
+        if readers and calibration is None:
+            raise BadParameter(f"{readers[0]} reads a text; give --calibration FILE")
+        if not readers and calibration is not None:
+            raise BadParameter("no method of this recipe reads a calibration text; leave --calibration out")
+        files = tuple(_digest(file) for step in steps for file in step.files)
+        if calibration is None:
+            return cls(steps, files=files)
+        return cls(steps, _text(Path(calibration)), Path(calibration).name, files)
 
     def run(
         self, source: Source, cast: torch.dtype | None, writer: FolderWriter, progress: bool
@@ -212,6 +217,13 @@ def _refuse_unknown(format: str | None) -> None:
     known = [module.NAME for module in formats.FORMATS]
     if format is not None and format not in known:
         raise BadParameter(f"no format is called {format!r}; known are {', '.join(known)}")
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as wrong:
+        raise BadParameter(f"a method reads {path}, which cannot be read ({wrong.strerror})") from None
 
 
 def _refuse_same(src: Path, dst: Path) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from ..kernels.dispatch import set_threads
 from ..terminal import print_table
-from . import table as tables
 from .quality import LENGTH, ROOT, WINDOWS, calibration, chosen, fresh, perplexity
+from .tables import Table
 
 RESULTS = ROOT / "bench" / "results" / "quality_pruning"
 WORK = ROOT / ".data" / "pruning"
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", help=f"some of {', '.join(s.name for s in SETTINGS)}, separated by commas")
     wanted = chosen({setting.name: setting for setting in SETTINGS}, parser.parse_args().rows)
-    results = tables.load(RESULTS, PROTOCOL)
+    results = _table().load()
     if "dense" not in results["rows"]:
         save(results, "dense", quality(fresh()))
     for setting in wanted:
@@ -78,8 +78,11 @@ def main() -> None:
 
 def save(results: dict[str, Any], name: str, row: dict[str, Any]) -> None:
     """Add to a row, and write JSON and table."""
-    tables.add(results, name, row)
-    tables.write(RESULTS, results, TITLE, COLUMNS, table(results), "\n".join(order(results["rows"])))
+    _table().save(results, name, row)
+
+
+def _table() -> Table:
+    return Table(RESULTS, TITLE, PROTOCOL, COLUMNS, table, lambda results: "\n".join(order(results["rows"])))
 
 
 def table(results: dict[str, Any]) -> list[tuple[str, ...]]:

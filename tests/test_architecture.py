@@ -19,6 +19,7 @@ SAME_ROOM = {
     "spec": "families",
     "narrow": "families",
     "harness": "evaluate",
+    "embedding": "families",
     "terminal": "cli",
     "kernels_cli": "cli",
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import SourceError
-from . import basis_sharing, compressed_tensors, huggingface, lora, structured, svd_llm
+from . import basis_sharing, compressed_tensors, huggingface, l3prune, lora, structured, svd_llm
+from .short import repaired
 from .source import Source
 
 FACTORED = (basis_sharing, svd_llm)
@@ -34,11 +35,25 @@ def open_source(path: str | Path) -> Source:
 
 
 def _folder(path: Path) -> Source:
-    plain = lora.open_source(path) if lora.is_adapter(path) else huggingface.open_source(path)
+    plain = _plain(path)
     names = plain.names()
     for layout in FACTORED:
         if layout.recognises(names):
             return layout.open_source(plain, names)
     if compressed_tensors.recognises(plain.config, names):
         return compressed_tensors.open_source(plain, names)
-    return plain if lora.is_adapter(path) else structured.open_source(plain)
+    return plain if _is_adapter(path) else structured.open_source(plain)
+
+
+def _is_adapter(path: Path) -> bool:
+    return l3prune.is_adapter(path) or lora.is_adapter(path)
+
+
+def _plain(path: Path) -> Source:
+    """A folder's dense weights: an adapter merged, the layers counted."""
+    if l3prune.is_adapter(path):
+        return l3prune.open_adapter(path)
+    if lora.is_adapter(path):
+        return lora.open_source(path)
+    plain = huggingface.open_source(path)
+    return repaired(l3prune.open_merged(plain) if l3prune.recognises(plain.config) else plain)

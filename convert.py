@@ -69,7 +69,7 @@ def convert(
         before = [_original(source, writer, cast, measured, progress)] if methods else []
         packed, dtype, done = recipe.run(source, cast, writer, progress)
         pack(packed, writer, dtype, format, progress)
-        partial = writer.finish(_config(source, cast), _provenance(source, cast, done), source.files)
+        partial = writer.finish(_config(packed, cast), _provenance(source, cast, done), packed.files)
         row = replace(measure(partial, measured, progress=progress), name=Path(dst).name)
         writer.record({"measured": asdict(row)} | ({"original": asdict(before[0])} if before else {}))
         writer.publish()
@@ -93,9 +93,12 @@ class _Recipe:
         from .converters.recipe import parse  # brings transformers, which a plain conversion does without
 
         steps = parse(methods)
-        if calibration is None:
-            raise BadParameter(f"{steps[0].method.NAME} reads a text; give --calibration FILE")
-        return cls(steps, _text(Path(calibration)), Path(calibration).name)
+        readers = [step.method.NAME for step in steps if step.reads == "text"]
+        if readers and calibration is None:
+            raise BadParameter(f"{readers[0]} reads a text; give --calibration FILE")
+        if not readers and calibration is not None:
+            raise BadParameter("no method of this recipe reads a calibration text; leave --calibration out")
+        return cls(steps) if calibration is None else cls(steps, _text(Path(calibration)), Path(calibration).name)
 
     def run(
         self, source: Source, cast: torch.dtype | None, writer: FolderWriter, progress: bool

@@ -18,6 +18,7 @@ SAME_ROOM = {
     "durable": "compact",
     "spec": "families",
     "embedding": "families",
+    "sentence_layout": "families",
     "terminal": "cli",
     "kernels_cli": "cli",
 }

@@ -120,9 +120,8 @@ def _ids(tokenizer: Any, texts: list[str], longest: int | None) -> list[tuple[li
 def _own(tokenizer: Any, texts: list[str]) -> list[int]:
     """The number of tokens of each text on its own, without special tokens that are put before it."""
     made = tokenizer(texts, return_special_tokens_mask=True, verbose=False)
-    return [
-        len(ids) - (mask + [0]).index(0) for ids, mask in zip(made.input_ids, made.special_tokens_mask, strict=True)
-    ]
+    pairs = zip(made.input_ids, made.special_tokens_mask, strict=True)
+    return [len(ids) - [*mask, 0].index(0) for ids, mask in pairs]
 
 
 def pool(hidden: torch.Tensor, counted: torch.Tensor, pooling: str) -> torch.Tensor:

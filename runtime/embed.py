@@ -45,7 +45,7 @@ class Embeddings:
         losses = [cut for cut in self.cut if cut]
         if not losses:
             return None
-        return f"{len(losses)} of {len(self.cut)} texts were cut to the longest length, the longest by {max(losses)} tokens"
+        return f"{len(losses)} of {len(self.cut)} texts were cut, the longest by {max(losses)} tokens"
 
 
 class Embedder:
@@ -114,11 +114,10 @@ class Embedder:
         which. Raises BadParameter for an empty text and for what is no text.
         """
         alone = isinstance(sentences, str)
-        found = self.embed(
-            [sentences] if isinstance(sentences, str) else sentences, prompt_name, prompt, show_progress_bar
-        )
+        texts = [sentences] if isinstance(sentences, str) else sentences
+        found = self.embed(texts, prompt_name, prompt, show_progress_bar)
         if found.report:
-            warnings.warn(f"{found.report} ({self.max_length})", TextCut, stacklevel=2)
+            warnings.warn(f"{found.report}: max_length is {self.max_length}", TextCut, stacklevel=2)
         vectors = self.finish(found.vectors, normalize_embeddings, truncate_dim)
         made = quantize(vectors.numpy(), precision, ranges)
         made = made[0] if alone else made

@@ -73,7 +73,8 @@ def _pack(texts: Sequence[Tokens], weights: Sequence[torch.Tensor], device: torc
     first = RESERVED_BLOCK + 1 + np.concatenate([[0], np.cumsum(blocks)[:-1]])
     table = np.arange(blocks.max())
     tables = np.where(table < blocks[:, None], first[:, None] + table, RESERVED_BLOCK)
-    wanted = [torch.nonzero(w)[:, 0] + int(start) + text.start for w, text, start in zip(weights, texts, starts)]
+    pairs = zip(weights, texts, starts[:-1].tolist(), strict=True)
+    wanted = [torch.nonzero(w)[:, 0] + start + text.start for w, text, start in pairs]
     tokens = np.concatenate([text.ids for text in texts])
     of_rows = np.stack([tokens, positions, np.repeat(lengths, lengths), np.repeat(first * PAGE, lengths) + positions])
     rows = torch.from_numpy(of_rows.astype(np.int64)).to(device)

@@ -56,22 +56,24 @@ class Embedding:
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
 
-    def tokenize(self, tokenizer: Any, texts: Sequence[str], prompt: str = "") -> list[Tokens]:
+    def tokenize(self, tokenizer: Any, texts: Sequence[str], prompt: str = "", first: int = 0) -> list[Tokens]:
         """Each text in the template behind `prompt`, which ends as it is to be joined; cut at max_length tokens.
 
         tokenizer: of transformers; where it cuts, the special tokens that it ends with stay. As in L3Prune's code, a
-        text counts as many tokens as it has on its own together with the end of the template. Raises BadParameter for
-        an empty text or one that is no text, and where no token of one is left.
+        text counts as many tokens as it has on its own together with the end of the template. first: the number of
+        the first text in messages. Raises BadParameter for an empty text or one that is no text, and where no token of
+        one is left.
         """
         before, after = TEMPLATES[self.template]
-        for i, text in enumerate(texts):
-            _check(i, text)
+        for i, text in enumerate(texts, first):
+            if reason := why_not(text):
+                raise BadParameter(f"text {i} {reason}")
         whole = _ids(tokenizer, [f"{before}{prompt}{text}{after}" for text in texts], self.max_length)
         starts = [0] * len(texts)
         if self.skip_instruction and (before or prompt):
             alone = _own(tokenizer, [f"{text}{after}" for text in texts])
             starts = [max(0, len(ids) + cut - own) for (ids, cut), own in zip(whole, alone, strict=True)]
-        for i, ((ids, _), start) in enumerate(zip(whole, starts, strict=True)):
+        for i, ((ids, _), start) in enumerate(zip(whole, starts, strict=True), first):
             if start >= len(ids):
                 raise BadParameter(f"text {i} has no token within {self.max_length}; shorten its instruction")
         return [Tokens(ids, start, cut) for (ids, cut), start in zip(whole, starts, strict=True)]
@@ -93,15 +95,17 @@ class Embedding:
         return made
 
 
-def _check(i: int, text: Any) -> None:
+def why_not(text: Any) -> str | None:
+    """Why this cannot be embedded; None where it can."""
     if not isinstance(text, str):
-        raise BadParameter(f"text {i} is a {type(text).__name__}, not a text; give strings")
+        return f"is a {type(text).__name__}, not a text; give strings"
     if not text.strip():
-        raise BadParameter(f"text {i} is empty, there is nothing to embed; leave it out")
+        return "is empty, there is nothing to embed; leave it out"
     try:
         text.encode()
     except UnicodeEncodeError as wrong:
-        raise BadParameter(f"text {i} is no text ({wrong}); give what decodes as UTF-8") from None
+        return f"is no text ({wrong}); give what decodes as UTF-8"
+    return None
 
 
 def _ids(tokenizer: Any, texts: list[str], longest: int | None) -> list[tuple[list[int], int]]:

@@ -73,8 +73,11 @@ class BuildPy(build_py):
 
 
 TRAIN = ["peft>=0.17"]
+EMBED = ["pyarrow>=18"]
 TEST = [
     *TRAIN,
+    *EMBED,
+    "sentence-transformers>=6",
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -110,7 +113,7 @@ setup(
         "typer>=0.16",
         "rich>=13.7",
     ],
-    extras_require={"test": TEST, "train": TRAIN, "bench": BENCH},
+    extras_require={"test": TEST, "train": TRAIN, "embed": EMBED, "bench": BENCH},
     entry_points={"console_scripts": [f"{PKG}={PKG}.cli:main"]},
     cmdclass={"build_py": BuildPy},
     # The library is loaded through ctypes: any Python 3, one platform.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Embedder:
         max_length: int | None = None,
         batch_tokens: int | None = None,
     ) -> None:
-        self.strict = strict
+        self.path, self.strict = Path(path), strict
         self.model = load(path, device, dtype_of(dtype), head=False)
         embedding = _embedding(path, pooling)
         self.tokenizer = Tokenizer(path)
@@ -114,8 +114,9 @@ class Embedder:
         which. Raises BadParameter for an empty text and for what is no text.
         """
         alone = isinstance(sentences, str)
-        texts = [sentences] if isinstance(sentences, str) else sentences
-        found = self.embed(texts, prompt_name, prompt, show_progress_bar)
+        texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        with tqdm(total=len(texts), desc="embedding", unit="text", disable=not show_progress_bar) as bar:
+            found = self.embed(texts, prompt_name, prompt, bar.update)
         if found.report:
             warnings.warn(f"{found.report}: max_length is {self.max_length}", TextCut, stacklevel=2)
         vectors = self.finish(found.vectors, normalize_embeddings, truncate_dim)
@@ -136,17 +137,19 @@ class Embedder:
         texts: Sequence[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
-        progress: bool = False,
+        advance: Callable[[int], Any] = lambda _: None,
     ) -> Embeddings:
-        """Vectors as the model gives them, with the account of tokens; see `encode`."""
-        before = self.prompt(prompt_name, prompt)
+        """Vectors as the model gives them, with the account of tokens; see `encode`.
+
+        advance: told, batch by batch, how many texts are done.
+        """
+        before, texts = self.prompt(prompt_name, prompt), list(texts)
         vectors, tokens, cut = torch.empty(len(texts), self.dimension), list[int](), list[int]()
-        with tqdm(total=len(texts), desc="embedding", unit="text", disable=not progress) as bar:
-            for start in range(0, len(texts), _SLAB):
-                slab = self.embedding.tokenize(self.tokenizer.hf, texts[start : start + _SLAB], before)
-                self._run(slab, vectors[start : start + _SLAB], bar)
-                tokens += [len(text.ids) for text in slab]
-                cut += [text.cut for text in slab]
+        for start in range(0, len(texts), _SLAB):
+            slab = self.embedding.tokenize(self.tokenizer.hf, texts[start : start + _SLAB], before, start)
+            self._run(slab, vectors[start : start + _SLAB], advance)
+            tokens += [len(text.ids) for text in slab]
+            cut += [text.cut for text in slab]
         return Embeddings(vectors, tokens, cut)
 
     def finish(self, vectors: torch.Tensor, normalize: bool, dimensions: int | None) -> torch.Tensor:
@@ -170,11 +173,11 @@ class Embedder:
     def _named(self, *names: str) -> str | None:
         return next((name for name in names if name in self.embedding.prompts), None)
 
-    def _run(self, texts: list[Tokens], out: torch.Tensor, bar: Any) -> None:
+    def _run(self, texts: list[Tokens], out: torch.Tensor, advance: Callable[[int], Any]) -> None:
         with dispatch.strict(self.strict):
             for numbers in batches([len(text.ids) for text in texts], self.batch_tokens):
                 out[numbers] = self._packed([texts[i] for i in numbers]).cpu()
-                bar.update(len(numbers))
+                advance(len(numbers))
 
 
 def _embedding(path: str | Path, pooling: Pooling | None) -> Embedding:

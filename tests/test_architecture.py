@@ -44,6 +44,8 @@ ONLY_IN = {
     "typer": {"cli.py", "kernels_cli.py"},
     "rich": {"terminal.py"},
     "matplotlib": {"bench"},
+    "pyarrow": {"runtime/texts.py"},
+    "sentence_transformers": {"bench"},
 }
 LINES = {"kernels": 400}
 LINES_ELSEWHERE, FUNCTION_LINES, KERNEL_LINES = 300, 40, 80

@@ -7,7 +7,6 @@ and training read BoolQ "train" passages, perplexity BoolQ "dev" passages: no pa
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from ..kernels.dispatch import set_threads
 from ..terminal import print_table
+from .tables import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality_basis_sharing"
@@ -96,22 +96,16 @@ def main() -> None:
 
 def load() -> dict[str, Any]:
     """The rows of an earlier run with this protocol, or none."""
-    path = RESULTS.with_suffix(".json")
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("protocol") == PROTOCOL else {"protocol": PROTOCOL, "rows": {}}
+    return _table().load()
 
 
 def save(results: dict[str, Any], name: str, row: dict[str, Any]) -> None:
     """Add to a row, and write JSON and table."""
-    from . import record
+    _table().save(results, name, row)
 
-    results.update(record.circumstances())
-    results["rows"].setdefault(name, {}).update(row)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    lines = [COLUMNS, ("---:",) * len(COLUMNS), *table(results)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    RESULTS.with_suffix(".md").write_text(f"# Basis Sharing on SmolLM2-135M-Instruct\n\n{PROTOCOL}\n\n{text}\n")
+
+def _table() -> Table:
+    return Table(RESULTS, "Basis Sharing on SmolLM2-135M-Instruct", PROTOCOL, COLUMNS, table)
 
 
 def table(results: dict[str, Any]) -> list[tuple[str, ...]]:

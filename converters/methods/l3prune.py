@@ -157,14 +157,16 @@ def depth_losses(
 
 def _batch_losses(model: PreTrainedModel, spec: Spec, batch: Batch, params: Params) -> list[float]:
     """Of one batch, at every depth."""
-    sides = [_at_all_depths(model, spec, texts, params.pooling) for texts in (batch.queries, batch.candidates)]
+    sides = [vectors_at_all_depths(model, spec, texts, params.pooling) for texts in (batch.queries, batch.candidates)]
     return [
         contrastive_loss(queries, candidates, params.scale).item() for queries, candidates in zip(*sides, strict=True)
     ]
 
 
 @torch.no_grad()
-def _at_all_depths(model: PreTrainedModel, spec: Spec, texts: Sequence[Tokens], pooling: str) -> list[torch.Tensor]:
+def vectors_at_all_depths(
+    model: PreTrainedModel, spec: Spec, texts: Sequence[Tokens], pooling: str
+) -> list[torch.Tensor]:
     """Vectors [B, H] of texts for each number of layers: every layer's output through the final norm, pooled."""
     parts: list[list[torch.Tensor]] = []
     for start in range(0, len(texts), _TEXTS):

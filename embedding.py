@@ -75,7 +75,9 @@ class Embedding:
             starts = [max(0, len(ids) + cut - own) for (ids, cut), own in zip(whole, alone, strict=True)]
         for i, ((ids, _), start) in enumerate(zip(whole, starts, strict=True), first):
             if start >= len(ids):
-                raise BadParameter(f"text {i} has no token within {self.max_length}; shorten its instruction")
+                raise BadParameter(
+                    f"text {i} has no token within {self.max_length}; shorten its instruction, or leave it out"
+                )
         return [Tokens(ids, start, cut) for (ids, cut), start in zip(whole, starts, strict=True)]
 
     def file(self) -> bytes:

@@ -18,13 +18,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors
     from .convert import convert
+    from .runtime.embed import Embedder
     from .runtime.llm import LLM
     from .runtime.params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__", "convert", "errors"]
+__all__ = ["LLM", "Embedder", "SamplingParams", "__version__", "convert", "errors"]
 
-_HOMES = {"LLM": ".runtime.llm", "SamplingParams": ".runtime.params", "convert": ".convert"}
+_HOMES = {
+    "Embedder": ".runtime.embed",
+    "LLM": ".runtime.llm",
+    "SamplingParams": ".runtime.params",
+    "convert": ".convert",
+}
 
 
 def __getattr__(name: str) -> Any:

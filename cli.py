@@ -1,4 +1,4 @@
-"""The command line: pared doctor | convert | export | inspect | generate | chat | eval | bench | kernels.
+"""The command line: pared doctor | convert | export | inspect | generate | chat | embed | eval | bench | kernels.
 
 Commands are thin: each imports what it needs when it runs, so that `pared --help` is quick, and prints
 what the library returns. Errors of pared's own tree become one red block and exit code 1.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -42,6 +43,25 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
+
+
+class Pooling(str, Enum):
+    """Of hidden states to one vector."""
+
+    weighted_mean = "weighted_mean"
+    mean = "mean"
+    last = "last"
+    cls = "cls"
+
+
+class Precision(str, Enum):
+    """Of stored vectors, as in sentence-transformers."""
+
+    float32 = "float32"
+    int8 = "int8"
+    uint8 = "uint8"
+    binary = "binary"
+    ubinary = "ubinary"
 
 
 class Protocol(str, Enum):
@@ -227,6 +247,38 @@ def chat(
         elif line:
             messages.append({"role": "user", "content": line})
             messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
+
+
+@app.command()
+def embed(
+    path: Folder,
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Texts: .txt (one a line), .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Argument(help="Vectors: .npy, or .parquet with the texts.")],
+    field: Annotated[str, typer.Option(help="Of JSON lines and parquet: where the text is.")] = "text",
+    prompt_name: Annotated[str | None, typer.Option(help="The folder's prompt of this name before each text.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="This before each text.")] = None,
+    pooling: Annotated[Pooling | None, typer.Option(help="Default: the folder's.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a text at most; default: the folder's.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length 1.")] = False,
+    dimensions: Annotated[int | None, typer.Option(help="The first so many dimensions (Matryoshka).")] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the vectors; int8 over the range of all.")
+    ] = Precision.float32,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    strict: StrictOption = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")] = False,
+) -> None:
+    """Turn a file of texts into vectors. What was interrupted goes on when it is started again."""
+    from .runtime.corpus import Options, embed_file
+    from .runtime.embed import Embedder
+
+    start = time.perf_counter()
+    options: dict[str, Any] = {"pooling": pooling and pooling.value, "max_length": max_length}
+    embedder = Embedder(path, dtype and dtype.value, device, strict, **options)
+    wanted = Options(field, prompt_name, prompt, normalize, dimensions, precision.value)
+    done = embed_file(embedder, source, out, wanted, overwrite=overwrite, progress=sys.stderr.isatty())
+    print_table(f"{out}", ("what", "how much"), done.rows(time.perf_counter() - start, embedder.max_length))
 
 
 @app.command("eval")

@@ -152,7 +152,7 @@ class Manifest:
         except (TypeError, ValueError, AttributeError, OverflowError) as wrong:
             raise FolderDamaged(f"the manifest in {CONFIG} is not of the right form ({wrong}); {_AGAIN}") from None
         for name in manifest.files:
-            if Path(name).name != name:
+            if {"", ".", ".."} & set(name.split("/")):
                 raise FolderDamaged(f"the manifest in {CONFIG} names the file {name!r} outside of the folder; {_AGAIN}")
         return manifest
 

@@ -218,6 +218,7 @@ class FolderWriter:
 
     def _write_file(self, name: str, content: bytes | Path) -> FileEntry:
         with disk_errors(self.partial / name):
+            (self.partial / name).parent.mkdir(exist_ok=True)
             return replace_file(self.partial / name, content if isinstance(content, bytes) else content.read_bytes())
 
     # --- lock and journal ------------------------------------------------------------------------

@@ -74,9 +74,12 @@ class BuildPy(build_py):
 
 TRAIN = ["peft>=0.17"]
 EVAL = ["lm-eval>=0.4.9"]
+EMBED = ["pyarrow>=18"]
 TEST = [
     *TRAIN,
     *EVAL,
+    *EMBED,
+    "sentence-transformers>=6",
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -116,7 +119,7 @@ setup(
         "typer>=0.16",
         "rich>=13.7",
     ],
-    extras_require={"test": TEST, "train": TRAIN, "eval": EVAL, "bench": BENCH},
+    extras_require={"test": TEST, "train": TRAIN, "eval": EVAL, "embed": EMBED, "bench": BENCH},
     entry_points={"console_scripts": [f"{PKG}={PKG}.cli:main"]},
     cmdclass={"build_py": BuildPy},
     # The library is loaded through ctypes: any Python 3, one platform.

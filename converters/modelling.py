@@ -12,8 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .. import families
-from ..embedding import FILE as EMBEDDING
+from .. import families, sentence_layout
 from ..embedding import Embedding
 from ..kernels.shared_basis import BIAS, COEFFICIENTS
 from ..kernels.unit import Unit
@@ -143,7 +142,7 @@ def _unit(members: Iterable[tuple[str, BasisLinear]]) -> Unit:
 def as_source(model: PreTrainedModel, source: Source) -> Source:
     """The model as a source: its dense weights as a stream, its compressed ones as units; the rest is `source`'s.
 
-    The config has what methods changed in the model's, and an encoder brings embedding.json.
+    The config has what methods changed in the model's, and an encoder brings the files that say how it embeds.
     """
     compressed = {path for paths in units(model) for path in paths}
 
@@ -154,7 +153,9 @@ def as_source(model: PreTrainedModel, source: Source) -> Source:
 
     config = source.config | _changes(model, source)
     embedding: Embedding | None = getattr(model, "embedding", None)
-    files = source.files | ({} if embedding is None else {EMBEDDING: embedding.file()})
+    files = dict(source.files)
+    if embedding is not None:
+        files |= sentence_layout.files(embedding, families.read(config).embed_dim)
     return replace(source, config=config, files=files, tensors=tensors, units=lambda: iter(units(model).values()))
 
 

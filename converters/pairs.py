@@ -121,7 +121,7 @@ def padded(tokens: Sequence[Tokens], device: torch.device) -> tuple[torch.Tensor
     """Ids, attention mask and what pooling counts, each [B, T]; padded behind, where a causal model never looks."""
     longest = max(len(one.ids) for one in tokens)
     ids, attention, counted = (torch.zeros(len(tokens), longest, dtype=torch.int64) for _ in range(3))
-    for i, (row, start) in enumerate(tokens):
+    for i, (row, start, _) in enumerate(tokens):
         ids[i, : len(row)] = torch.tensor(row)
         attention[i, : len(row)] = 1
         counted[i, start : len(row)] = 1

@@ -55,7 +55,26 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all pools together."""
-        return sum(pool.nbytes for layer in self.layers for pool in layer)
+        return sum({id(pool): pool.nbytes for layer in self.layers for pool in layer}.values())
+
+
+class LayerCache(KVCache):
+    """A cache for batches that hold their sequences whole: keys are read by their own layer alone, so that layers with
+    as many heads write to the same pools one after the other."""
+
+    def __init__(
+        self,
+        kv_heads_per_layer: Sequence[int],
+        head_dim: int,
+        num_blocks: int,
+        page: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        distinct = sorted(set(kv_heads_per_layer))
+        super().__init__(distinct, head_dim, num_blocks, page, dtype, device)
+        pools = dict(zip(distinct, self.layers, strict=True))
+        self.layers = [pools[heads] for heads in kv_heads_per_layer]
 
 
 def bytes_per_block(kv_heads_per_layer: Iterable[int], head_dim: int, page: int, dtype: torch.dtype) -> int:

@@ -65,7 +65,7 @@ class LLM:
         if (Path(path) / EMBEDDING).exists():
             raise BadParameter(f"{path} is a text encoder without a head: it gives vectors, and no next token")
         self.strict = strict
-        self.model = load(path, device, _dtype(dtype), int8_head)
+        self.model = load(path, device, dtype_of(dtype), int8_head)
         self.tokenizer = Tokenizer(path)
         configs = [_read_json(Path(path) / name) for name in ("generation_config.json", "config.json")]
         self.default_params = _default_params(configs[0])
@@ -183,7 +183,8 @@ def context_length(spec: Spec) -> int:
     return int(spec.max_positions * spec.rope.factor) if stretched and spec.rope else spec.max_positions
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that a user names. Raises BadParameter for one that kernels do not take."""
     if dtype is None or isinstance(dtype, torch.dtype):
         found = dtype
     else:

@@ -29,17 +29,19 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     int8_head: bool = False,
+    head: bool = True,
 ) -> Decoder:
     """Load a compact folder for running.
 
     device: default is the GPU if there is one, else the CPU. dtype: of weights and activations; default
     is what the folder holds. int8_head: read the head as 8-bit integers, half the bytes of bf16 at a small loss.
+    head: without it the decoder gives states but no logits.
     Raises the FolderError that names what is wrong with the folder.
     """
     target = pick_device(device)
     with open_folder(path) as folder:
         spec = check(folder)
-        return Decoder(spec, _Loading(folder, spec, target, dtype, int8_head).weights())
+        return Decoder(spec, _Loading(folder, spec, target, dtype, int8_head, head).weights())
 
 
 def check(folder: Folder) -> Spec:
@@ -130,6 +132,7 @@ class _Loading:
     device: torch.device
     dtype: torch.dtype | None
     int8_head: bool = False
+    head: bool = True
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _prepared: dict[str, Prepared] = field(default_factory=dict)
     _units: dict[str, UnitEntry] = field(default_factory=dict)
@@ -147,7 +150,7 @@ class _Loading:
             blocks=tuple(self._block(i) for i in range(len(spec.layers))),
             final_norm=self._norm(names.final_norm, spec.hidden) if spec.final_norm else None,
             project_out=self._projection([names.project_out]) if spec.projected else None,
-            head=self._int8(names.head) if self.int8_head else self._projection([names.head]),
+            head=self._head(names.head) if self.head else None,
         )
 
     def _block(self, i: int) -> Block:
@@ -180,6 +183,9 @@ class _Loading:
             if stacked:
                 return Projection(((stacked, paths[0]),))
         return Projection(tuple(parts))
+
+    def _head(self, path: str) -> Projection:
+        return self._int8(path) if self.int8_head else self._projection([path])
 
     def _int8(self, path: str) -> Projection:
         """A module as rows of 8-bit integers, whatever the folder holds it as."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import EngineError
 from ..kernels import attention, decode, formats, fused
 from ..kernels.unit import Around, Prepared
 from ..spec import Layer, Spec
@@ -129,7 +130,7 @@ class Weights:
     blocks: tuple[Block, ...]
     final_norm: Norm | None
     project_out: Projection | None
-    head: Projection
+    head: Projection | None  # an encoder is loaded without
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class _Step:
 
 
 class Decoder:
-    """A model ready to run. Calling it with a batch and its cache gives logits."""
+    """A model ready to run. Calling it with a batch and its cache gives logits; `states` what the head would read."""
 
     def __init__(self, spec: Spec, weights: Weights) -> None:
         self.spec = spec
@@ -165,6 +166,11 @@ class Decoder:
         """Logits of the rows that the batch asks for: fp32 [R, vocab]. Writes K and V of all rows to the cache."""
         return self.run_layers(self.embed(batch), batch, cache)
 
+    @torch.inference_mode()
+    def states(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """The last hidden states of the rows that the batch asks for: [R, embed_dim] in the model's dtype."""
+        return self._states(self.embed(batch), batch, cache)
+
     def embed(self, batch: Batch) -> Rows:
         """The first half of a call: whatever looks at tokens and positions."""
         hidden = self.weights.embed[batch.tokens]
@@ -176,12 +182,15 @@ class Decoder:
 
     def run_layers(self, rows: Rows, batch: Batch, cache: KVCache) -> torch.Tensor:
         """The second half: all that reads weights, cache, slots and block tables; logits as `__call__` gives them."""
+        if self.weights.head is None:
+            raise EngineError("the model was loaded without its head and gives no logits; load it with the head")
+        return self.weights.head(self._states(rows, batch, cache), wide=True)
+
+    def _states(self, rows: Rows, batch: Batch, cache: KVCache) -> torch.Tensor:
         step = _Step(batch, rows.cos, rows.sin)
         layers = self._pre_norm if self.spec.pre_norm else self._post_norm
         hidden = layers(rows.hidden, step, cache)
-        if self.weights.project_out:
-            hidden = self.weights.project_out(hidden)
-        return self.weights.head(hidden, wide=True)
+        return self.weights.project_out(hidden) if self.weights.project_out else hidden
 
     def _rotary_rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if self._rotary:

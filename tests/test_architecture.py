@@ -20,6 +20,7 @@ SAME_ROOM = {
     "narrow": "families",
     "harness": "evaluate",
     "embedding": "families",
+    "sentence_layout": "families",
     "terminal": "cli",
     "kernels_cli": "cli",
 }
@@ -47,6 +48,8 @@ ONLY_IN = {
     "matplotlib": {"bench"},
     "lm_eval": {"harness.py"},
     "datasets": {"bench/data.py"},
+    "pyarrow": {"runtime/texts.py"},
+    "sentence_transformers": {"bench"},
 }
 LINES = {"kernels": 400}
 LINES_ELSEWHERE, FUNCTION_LINES, KERNEL_LINES = 300, 40, 80

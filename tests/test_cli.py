@@ -15,7 +15,7 @@ import pytest
 from pared import terminal
 from pared.cli import main
 
-COMMANDS = ("doctor", "convert", "export", "inspect", "generate", "chat", "eval", "bench")
+COMMANDS = ("doctor", "convert", "export", "inspect", "generate", "chat", "embed", "eval", "bench")
 Run = Callable[..., tuple[int, str, str]]
 
 

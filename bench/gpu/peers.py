@@ -83,7 +83,9 @@ def _state(subject: Subject) -> dict[str, torch.Tensor]:
     spec, weights, dtype = subject.spec, subject.decoder.weights, subject.setting.dtype
     names = spec.names
     state = {f"{names.embed}.weight": weights.embed}
-    projections: list[tuple[tuple[str, ...], Projection]] = [((names.head,), weights.head)]
+    projections: list[tuple[tuple[str, ...], Projection]] = []
+    if weights.head is not None:
+        projections.append(((names.head,), weights.head))
     norms = [(names.final_norm, weights.final_norm)]
     for i, block in enumerate(weights.blocks):
         of_block = (names.qkv, block.qkv), ((names.out,), block.out), (names.ffn_in, block.ffn.inputs)

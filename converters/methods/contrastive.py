@@ -7,7 +7,7 @@ negative each, where a pair has any. Paper: 1000 steps of 64 pairs.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -129,5 +129,5 @@ def _embedding(model: PreTrainedModel, params: Params) -> Embedding:
     found: Embedding | None = getattr(model, "embedding", None)
     if found is None:
         raise BadParameter("contrastive trains an encoder and this model is none; give --method l3prune:... first")
-    length = min(params.max_length or found.max_length, found.max_length)
-    return Embedding(found.pooling, found.template, length, found.skip_instruction)
+    lengths = [length for length in (params.max_length, found.max_length) if length]
+    return replace(found, max_length=min(lengths, default=None))

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import SourceError
+from ...sentence_layout import LAYOUT
 from .source import Skip, Source
 
 CONFIG = "config.json"
@@ -34,6 +35,7 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
     "embedding.json",
+    *LAYOUT,
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",

@@ -140,7 +140,7 @@ def _original(source: Source, writer: FolderWriter, cast: torch.dtype | None, te
 
 def _stock(path: Path) -> bool:
     with open_folder(path) as folder:
-        return folder.manifest.stock(folder.config)
+        return folder.stock
 
 
 def export(path: str | Path, out: str | Path, *, progress: bool = True, max_shard_bytes: int = SHARD_BYTES) -> Path:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import UnsupportedModel
-from ..spec import Spec
+from ..spec import WIDTHS, Spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COUNTS = ("num_hidden_layers", "n_layer")
-LISTS = ("layer_types",)  # config keys with an entry a layer
+LISTS = ("layer_types", WIDTHS)  # config keys with an entry a layer
 
 
 def layer_count(config: Mapping[str, Any]) -> int | None:

@@ -42,7 +42,7 @@ def repaired(source: Source) -> Source:
         entries = config.get(key) or []
         if len(entries) == count:
             config[key] = entries + entries[:1] * (stated - count)
-        elif len(set(entries)) > 1:
+        elif any(entry != entries[0] for entry in entries):
             raise SourceError(
                 f"{source.path} holds {count} of {stated} layers, and {key} in its config.json does not tell which "
                 "ones are left; convert the dense checkpoint with --method sleb:remove=..."

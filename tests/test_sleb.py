@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from pared import families
 from pared.compact import open_folder
-from pared.convert import convert
+from pared.convert import convert, export
 from pared.converters import recipe
 from pared.converters.calibration import Calibration, LayerWalk, finish, row_windows
 from pared.converters.depth import shorten_config
@@ -347,6 +348,26 @@ def test_basis_sharing_on_what_is_left(tmp_path):
     assert torch.isfinite(decoder_logits(load(tmp_path / "pairs"))(TOKENS)).all()
     with pytest.raises(BadParameter, match=r"layers 0 to 1 reaches across a removed block \(they were \[0, 2\]\)"):
         run("across", "1", 2)
+
+
+def test_two_of_four_of_what_is_left(tmp_path):
+    src = trained.checkpoint(tmp_path / "src")
+    convert(src, tmp_path / "out", methods=["sleb:remove=2,3", "magnitude:pattern=2:4"], progress=False)
+    with open_folder(tmp_path / "out") as folder:
+        layers = [entry for entry in folder.manifest.units if ".layers." in next(iter(entry.modules))]
+        assert {entry.format for entry in layers} == {"two_four"} and len(layers) == 7 * 4
+        assert len(families.read(folder.config).layers) == 4
+    export(tmp_path / "out", tmp_path / "dense", progress=False)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    with torch.no_grad():
+        expected = dense(TOKENS[None]).logits[0]
+    assert torch.allclose(decoder_logits(load(tmp_path / "out"))(TOKENS), expected, atol=1e-5)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(src).model.layers
+    for at, was in enumerate((0, 1, 4, 5)):
+        weight = whole[was].mlp.down_proj.weight.detach()
+        groups = weight.abs().reshape(len(weight), -1, 4)
+        kept = (groups >= groups.sort(dim=-1).values[..., 2:3]).reshape(weight.shape)
+        assert torch.equal(dense.model.layers[at].mlp.down_proj.weight, weight * kept)
 
 
 def test_a_short_folder_needs_no_pared(tmp_path):

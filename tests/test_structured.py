@@ -414,3 +414,11 @@ def test_methods_see_the_narrow_model(tmp_path, name):
     shapes = {n: p.shape for n, p in made.named_parameters()}
     assert shapes == {n: p.shape for n, p in again.named_parameters()}
     assert shapes != {n: p.shape for n, p in model.named_parameters()}
+
+
+def test_blocks_of_a_narrow_model_can_go(tmp_path):
+    src, model = narrow(tmp_path / "src")
+    convert(src, tmp_path / "out", methods=["sleb:remove=1"], progress=False)
+    assert widths(tmp_path / "out") == [(2, 1, 16)]
+    del model.model.layers[1]
+    assert close(ours(tmp_path / "out", 6), theirs(model, TOKENS, 6))

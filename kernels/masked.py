@@ -10,6 +10,11 @@ where a mask has ones:
     values  [kept + SPARE]              row after row; a kernel loads whole registers and so reads past the last one
     starts  int64 [N]                   where the values of a row begin
     ints    (N, K, per_word)            per_word: the bits of every word that lies within K, 0 where they differ
+
+Paths on a CPU, by the number of rows M:
+
+    M <= sparse_rows          native: expanded in registers or, for tiles, in the first-level cache (native/library.py)
+          M above             SPREAD_BYTES of rows at a time are made dense, and F.linear multiplies with them
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def test_a_sparse_linear_gives_the_bits_of_a_dense_one(level: str, dtype: torch.
     for n, k in ((1, 1), (1, 40), (5, 33), (16, 64), (33, 70), (130, 515)):
         w = weight_of(pattern, n, k, dtype)
         laid = laid_out(w)
-        for m in (1, 2, 7, 17, 66):
+        for m in (1, 2, 7, 17, 66, 530):
             x, bias = random(m, k, dtype=dtype, seed=2), random(n, dtype=dtype, seed=3)
             for shift, to in ((bias, dtype), (None, dtype), (bias.float(), torch.float32)):
                 found, wanted = poisoned(m, n, dtype=to), poisoned(m, n, dtype=to)

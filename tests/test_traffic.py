@@ -15,7 +15,7 @@ import torch
 from pared import families
 from pared.converters.groups import Group, kinds, runs
 from pared.converters.low_rank import rank
-from pared.kernels import dense, formats, shared_basis
+from pared.kernels import bitmap, dense, formats, masked, shared_basis, two_four
 from pared.kernels.unit import Packed
 from pared.runtime.accounting import step_traffic
 from pared.runtime.loader import _Loading
@@ -64,6 +64,20 @@ def packs(spec: Spec, ratio: float | None, form: str) -> Iterator[Packed]:
         yield Packed(shared_basis.NAME, 1, dict.fromkeys(group.paths, (first.n, first.k)), tensors)
 
 
+def sparse_packs(spec: Spec, form: str) -> Iterator[Packed]:
+    """Every linear of the blocks with half of its weights zero; the head dense."""
+    for path, linear in spec.linears().items():
+        n, k = linear.n, linear.k
+        if path == spec.names.head:
+            yield Packed(dense.NAME, 1, {path: (n, k)}, {"weight": meta(n, k)})
+        elif form == "bitmap":
+            bits = meta(n, k // 8, dtype=torch.uint8)
+            yield Packed(bitmap.NAME, 1, {path: (n, k)}, {"bits": bits, "values": meta(n * k // 2)})
+        else:
+            positions = meta(n, k // 8, dtype=torch.uint8)
+            yield Packed(two_four.NAME, 1, {path: (n, k)}, {"values": meta(n, k // 2), "positions": positions})
+
+
 class Store:
     """What the loader asks a folder for, on meta tensors."""
 
@@ -85,7 +99,8 @@ def block_bytes(spec: Spec, made: list[Packed]) -> int:
     """What the multiplying ops of one decode step receive, less the head."""
     decoder = Decoder(spec, _Loading(Store(spec, made), spec, torch.device("meta"), None).weights())
     read = step_traffic(decoder)
-    multiplying = [op for op in read if op in ("pared::linear", "pared::basis_linear")]
+    ops = ("linear", "basis_linear", "bitmap_linear", "two_four_linear")
+    multiplying = [op for op in read if op.removeprefix("pared::") in ops]
     return sum(read[op] for op in multiplying) - 2 * spec.vocab * spec.embed_dim
 
 
@@ -142,3 +157,21 @@ def test_traffic_is_what_the_ops_receive(name, form):
         if spec.names.head not in packed.modules
     )
     assert named == block_bytes(spec, made)
+
+
+@pytest.mark.parametrize("form", ["bitmap", "two_four"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_half_of_the_weights_are_nine_sixteenths_of_the_bytes(name, form):
+    """As stored and as read; `traffic` knows every byte, but that what stands side by side shares its spare values."""
+    spec = spec_of(name)
+    made, whole = list(sparse_packs(spec, form)), stored_bytes(spec, list(packs(spec, None, "")))
+    assert stored_bytes(spec, made) == whole * 9 // 16
+    read = block_bytes(spec, made)
+    assert math.isclose(read, whole * 9 / 16, rel_tol=0.003)
+    named = sum(
+        formats.by_name(packed.format).traffic(packed, 1).weight_bytes
+        for packed in made
+        if spec.names.head not in packed.modules
+    )
+    stacked = 3 * LAYERS  # k and v beside q, up beside gate
+    assert named - read == 2 * masked.SPARE * stacked

@@ -78,7 +78,7 @@ _SPARSE_ROWS = {
     "avx2": {torch.bfloat16: 4, torch.float16: 4, torch.float32: 4},
     "avx512": {torch.bfloat16: 8, torch.float16: 8, torch.float32: 8},
     "avx512_bf16": {torch.bfloat16: 16, torch.float16: 8, torch.float32: 8},
-    "amx": {torch.bfloat16: 64, torch.float16: 4, torch.float32: 8},
+    "amx": {torch.bfloat16: 512, torch.float16: 4, torch.float32: 8},
 }
 
 # basis_linear against two F.linears a part, whose gather and whose z go through memory.

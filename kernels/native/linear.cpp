@@ -11,15 +11,15 @@ namespace avx512_bf16 {
 #include "vec_avx512.h"
 #define PARED_DOT_BF16 1
 #include "linear_kernel.h"
-}  // namespace avx512_bf16
-#pragma GCC pop_options
-
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16")
 namespace amx {
 #include "linear_amx.h"
 }  // namespace amx
 #pragma GCC pop_options
+}  // namespace avx512_bf16
+#pragma GCC pop_options
+namespace amx = avx512_bf16::amx;
 
 // A lone row leaves tiles idle: eight streams of W then read 3 % faster than the sixteen of a tile.
 bool on_tiles(int level, int dtype, i64 m, i64 n) { return level == AMX && dtype == BF16 && m > 1 && n >= ROWS; }

@@ -4,6 +4,8 @@
 // Tile registers, macros because the intrinsics paste them into assembly; 0 to 3 hold sums.
 #define W_TILE 4
 #define X_TILE 5
+#define W_TILE_2 6
+#define X_TILE_2 7
 
 constexpr i64 TILE_K = 32;       // bf16 columns of a tile of W
 constexpr i64 TILE_M = 16;       // rows of x in a tile, transposed
@@ -18,9 +20,9 @@ struct TileConfig {
 
 static inline void configure(i64 columns) {
     TileConfig config;
-    for (int t = 0; t <= X_TILE; t++) {
+    for (int t = 0; t <= X_TILE_2; t++) {
         config.rows[t] = 16;
-        config.column_bytes[t] = u16(t == W_TILE ? 2 * TILE_K : 4 * columns);
+        config.column_bytes[t] = u16(t == W_TILE || t == W_TILE_2 ? 2 * TILE_K : 4 * columns);
     }
     __asm__ volatile("ldtilecfg %0" : : "m"(config));  // GCC's intrinsic owns up to 8 bytes, and loses the others
 }
@@ -31,18 +33,37 @@ static inline i64 row_words(i64 m) { return m <= TILE_M ? m : least(BLOCK_M, cei
 static inline i64 row_pairs(i64 k) { return ceil_div(k, TILE_K) * TILE_K / 2; }
 static inline i64 packed_words(i64 m, i64 k) { return ceil_div(m, BLOCK_M) * row_words(m) * row_pairs(k); }
 
+// Pairs of columns of one row from `pair` on, zeros behind column k.
+static inline void pack_row(const bf16* from, const int* order, i64 k, i64 pair, i64 ld, u32* to) {
+    const auto column = [&](i64 i) { return order ? order[i] : i; };
+    for (; pair < k / 2; pair++) to[pair * ld] = from[column(2 * pair)].bits | u32(from[column(2 * pair + 1)].bits) << 16;
+    if (k % 2) to[pair++ * ld] = from[column(k - 1)].bits;
+    for (; pair < row_pairs(k); pair++) to[pair * ld] = 0;
+}
+
+// As many pairs of 16 rows as there are blocks of 16; returns how many.
+static inline i64 pack_rows(const bf16* from, i64 x_stride, i64 k, i64 ld, u32* to) {
+    i64 pair = 0;
+    for (; pair + W <= k / 2; pair += W) {
+        V block[W];
+        for (i64 r = 0; r < W; r++) block[r] = load(reinterpret_cast<const float*>(from + r * x_stride + 2 * pair));
+        transpose(block);
+        for (i64 r = 0; r < W; r++) store(reinterpret_cast<float*>(to + (pair + r) * ld), block[r]);
+    }
+    return pair;
+}
+
 // Two neighbours along K of up to 64 rows of x, side by side: packed [ceil(m / 64), ceil(k / 32) * 16, row_words], zeros
 // behind column k.
 static void pack(const bf16* x, i64 x_stride, const int* order, i64 m, i64 k, u32* packed, i64 begin, i64 end) {
-    const i64 ld = row_words(m), pairs = row_pairs(k);
-    const auto column = [&](i64 i) { return order ? order[i] : i; };
-    for (i64 row = begin; row < end; row++) {
+    const i64 ld = row_words(m);
+    for (i64 row = begin; row < end;) {
+        const i64 rows = !order && row % W == 0 && end - row >= W ? W : 1;
         const bf16* from = x + row * x_stride;
-        u32* to = packed + row / BLOCK_M * pairs * ld + row % BLOCK_M;
-        i64 pair = 0;
-        for (; pair < k / 2; pair++) to[pair * ld] = from[column(2 * pair)].bits | u32(from[column(2 * pair + 1)].bits) << 16;
-        if (k % 2) to[pair++ * ld] = from[column(k - 1)].bits;
-        for (; pair < pairs; pair++) to[pair * ld] = 0;
+        u32* to = packed + row / BLOCK_M * row_pairs(k) * ld + row % BLOCK_M;
+        const i64 done = rows == W ? pack_rows(from, x_stride, k, ld, to) : 0;
+        for (i64 r = 0; r < rows; r++) pack_row(from + r * x_stride, order, k, done, ld, to + r);
+        row += rows;
     }
 }
 

@@ -30,26 +30,24 @@ namespace amx {
 static bool expands_16(int level, int dtype) {
     return level >= AVX512_BF16 && dtype == BF16 && __builtin_cpu_supports("avx512vbmi2");
 }
-template <bool EVEN>
-static SparseRows sparse_rows_of_bf16(int level, bool tiles) {
-    if (!expands_16(level, BF16)) return WIDEST(level, sparse_rows_of<bf16, EVEN>);
-    return tiles ? avx512_bf16::amx::sparse_rows_of : avx512_bf16::sparse_rows_of<bf16, EVEN>;
+static SparseRows sparse_rows_of_bf16(int level, bool even, bool tiles) {
+    if (!expands_16(level, BF16)) return WIDEST(level, sparse_rows_of<bf16, false>);
+    if (tiles) return avx512_bf16::amx::sparse_rows_of;
+    return even ? avx512_bf16::sparse_rows_of<bf16, true> : avx512_bf16::sparse_rows_of<bf16, false>;
 }
 static SpreadRows spread_rows_of_bf16(int level) {
     return expands_16(level, BF16) ? avx512_bf16::spread_rows<bf16> : WIDEST(level, spread_rows<bf16>);
 }
 #else
 static bool expands_16(int, int) { return false; }
-template <bool EVEN>
-static SparseRows sparse_rows_of_bf16(int, bool) { return scalar::sparse_rows_of<bf16, EVEN>; }
+static SparseRows sparse_rows_of_bf16(int, bool, bool) { return scalar::sparse_rows_of<bf16, false>; }
 static SpreadRows spread_rows_of_bf16(int) { return scalar::spread_rows<bf16>; }
 #endif
 
 namespace {
 
-template <bool EVEN>
-SparseRows sparse_rows_of(int level, int dtype, bool tiles) {
-    if (dtype == BF16) return sparse_rows_of_bf16<EVEN>(level, tiles);
+SparseRows sparse_rows_of(int level, int dtype, bool even, bool tiles) {
+    if (dtype == BF16) return sparse_rows_of_bf16(level, even, tiles);
     return dtype == FP16 ? WIDEST(level, sparse_rows_of<fp16, false>) : WIDEST(level, sparse_rows_of<float, false>);
 }
 SpreadRows spread_rows_of(int level, int dtype) {
@@ -68,14 +66,15 @@ struct SparseCall final : Call {
         : a(a),
           bytes(row_bytes(a.sparse, a.n, a.k, element_bytes(dtype))),
           tiles(expands_16(level, dtype) && on_tiles(level, dtype, a.m, a.n)),
-          rows(a.sparse.per_word ? sparse_rows_of<true>(level, dtype, tiles) : sparse_rows_of<false>(level, dtype, tiles)) {}
+          rows(sparse_rows_of(level, dtype, a.sparse.per_word > 0, tiles)) {}
 
     int useful_threads(int threads) const override { return ::useful_threads(a.n * bytes, threads); }
     void lay_out(Scratch& scratch) override { a.packed = scratch.take<u32>(tiles ? packed_words(a.m, a.k) * 4 : 0); }
 
     Span enqueue(Queue& queue, Span after) override {
         after = queue.add(*this, PACK, tiles ? a.m : 0, ROWS, after);
-        return queue.add(*this, MULTIPLY, a.n, rows_per_chunk(bytes, a.n, queue.threads), after);
+        const i64 row = tiles && a.m > FEW_M ? CHUNK_BYTES / MANY_ROWS : bytes;
+        return queue.add(*this, MULTIPLY, a.n, rows_per_chunk(row, a.n, queue.threads), after);
     }
 
     void run(int step, i64 begin, i64 end) const override {

@@ -2,7 +2,9 @@
 #pragma once
 #include "linear.h"
 
-constexpr i64 WORD = 32;  // columns of a mask
+constexpr i64 WORD = 32;         // columns of a mask
+constexpr i64 FEW_M = 128;       // rows of x up to which tiles expand W while they multiply, again for every 64 rows
+constexpr i64 MANY_ROWS = 256;   // of W in a chunk above that: panels of tiles, which share what they read of x
 
 struct Sparse {
     const u32* masks;   // [n, ceil(k / WORD)], lowest bit first

@@ -53,7 +53,7 @@ static inline void sparse_block(const SparseLinear& a, i64 m0, i64 n0, i64 gap) 
         for (auto& one : row) one = splat(0.0f);
     i64 k = 0;
     for (; k + WORD <= a.k; k += WORD) {
-        if (k % (16 * WORD) == 0)
+        if (k / WORD % 16 == 0)  // a cache line of masks
             for (int r = 0; r < R; r++) __builtin_prefetch(masks + r * stride + k / WORD + 64);
         for (int bit = 0; bit < WORD; bit += STEP)
             sparse_step<X, MB, R, EVEN, true>(a, x + k + bit, masks + k / WORD, stride, bit, 0, values, acc);

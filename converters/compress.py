@@ -23,11 +23,14 @@ def compress(
 ) -> tuple[Source, torch.dtype, list[dict[str, Any]]]:
     """The compressed model as a source, the dtype that the checkpoint has, and what provenance says of each step.
 
-    text, name: of the calibration file. work(step): a folder that outlives an interrupted run. Computes in fp32.
+    text, name: of the calibration file, where a step reads one. work(step): a folder that outlives an interrupted run.
+    Computes in fp32.
     """
     if source.units is not None:
         raise BadParameter(f"{source.path} is compressed already; give the dense checkpoint, or leave --method out")
-    calibration = Calibration(tokenizer_of(source), text, name)
+    tokens = any(step.reads != "nothing" for step in steps)
+    calibration = Calibration(tokenizer_of(source), text, name) if tokens else None
+    read = calibration and {"name": name, "sha256": calibration.sha256}
     model = instantiate(source, torch.float32)
     done = []
     for i, step in enumerate(steps):
@@ -38,7 +41,7 @@ def compress(
             {
                 "name": step.method.NAME,
                 "params": asdict(step.params),
-                "calibration": {"name": name, "sha256": calibration.sha256} if step.reads_text else None,
+                "calibration": read if step.reads == "text" else None,
                 "result": step.method.summary(record),
             }
         )

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .. import families
+from ..embedding import FILE as EMBEDDING
+from ..embedding import Embedding
 from ..kernels.shared_basis import BIAS, COEFFICIENTS
 from ..kernels.unit import Unit
 from .sources.source import Skip, Source
@@ -124,7 +126,10 @@ def _unit(members: Iterable[tuple[str, BasisLinear]]) -> Unit:
 
 
 def as_source(model: PreTrainedModel, source: Source) -> Source:
-    """The model as a source: its dense weights as a stream, its compressed ones as units; the rest is `source`'s."""
+    """The model as a source: its dense weights as a stream, its compressed ones as units; the rest is `source`'s.
+
+    The config has what methods changed in the model's, and an encoder brings embedding.json.
+    """
     compressed = {path for paths in units(model) for path in paths}
 
     def tensors(skip: Skip) -> Iterator[tuple[str, torch.Tensor]]:
@@ -132,4 +137,14 @@ def as_source(model: PreTrainedModel, source: Source) -> Source:
             if name.rpartition(".")[0] not in compressed and not skip(name):
                 yield name, parameter.detach()
 
-    return replace(source, tensors=tensors, units=lambda: iter(units(model).values()))
+    config = source.config | _changes(model, source)
+    embedding: Embedding | None = getattr(model, "embedding", None)
+    files = source.files | ({} if embedding is None else {EMBEDDING: embedding.file()})
+    return replace(source, config=config, files=files, tensors=tensors, units=lambda: iter(units(model).values()))
+
+
+def _changes(model: PreTrainedModel, source: Source) -> dict[str, Any]:
+    """What differs in the model's config from the source's, but for the dtype to compute in and the model's name."""
+    before, after = (config.to_dict() for config in (AutoConfig.for_model(**source.config), model.config))
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    return {key: value for key, value in changed.items() if key not in ("dtype", "_name_or_path")}

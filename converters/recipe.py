@@ -1,21 +1,24 @@
 """What `--method` says: `basis_sharing:ratio=20,group=2` names a method and sets its parameters.
 
 A method is a module with NAME, a frozen dataclass `Params` whose LIMITS bound its numbers,
-search(model, calibration, work, params, progress) -> Record, apply(model, record) and summary(record).
+search(model, calibration, record, params, progress), apply(model, record) and summary(record). Params may say what
+they read of the calibration: the `text` (so do those that say nothing), only the model's `tokens`, or `nothing`; and
+name other `files` that they read.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import BadParameter
-from .methods import basis_sharing, gblm, magnitude, recover, wanda
+from .methods import basis_sharing, contrastive, gblm, l3prune, magnitude, recover, sleb, wanda
 
-METHODS: tuple[ModuleType, ...] = (basis_sharing, recover, magnitude, wanda, gblm)
+METHODS: tuple[ModuleType, ...] = (sleb, l3prune, contrastive, basis_sharing, recover, magnitude, wanda, gblm)
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,14 @@ class Step:
     params: Any
 
     @property
-    def reads_text(self) -> bool:
-        """Whether a calibration text decides what it does; a method says `READS_TEXT = False` where none does."""
-        return getattr(self.method, "READS_TEXT", True)
+    def reads(self) -> str:
+        """What `search` needs of the calibration: text, tokens (the tokenizer) or nothing."""
+        return getattr(self.params, "reads", "text")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that the parameters name: with other contents it is another conversion."""
+        return getattr(self.params, "files", ())
 
 
 def parse(recipes: Sequence[str]) -> list[Step]:
@@ -55,6 +63,9 @@ def _step(text: str) -> Step:
         if key in given:
             raise BadParameter(f"{name}: {key} is given twice")
         given[key] = _value(name, key, value, hints[key], method.Params.LIMITS.get(key))
+    needed = [f.name for f in fields(method.Params) if f.default is MISSING and f.name not in given]
+    if needed:
+        raise BadParameter(f"{name} needs {needed[0]}=...; it takes {', '.join(hints)}")
     return Step(method, method.Params(**given))
 
 
@@ -110,4 +121,4 @@ def _described(hint: Any) -> str:
         return f"one of {', '.join(get_args(plain))}"
     if get_origin(plain) is tuple:
         return "a list of numbers such as 0-3,7" if get_args(plain)[0] is int else "a list of names"
-    return {"int": "a whole number", "float": "a number"}[plain.__name__]
+    return {"int": "a whole number", "float": "a number", "str": "a text"}[plain.__name__]

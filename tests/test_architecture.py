@@ -17,6 +17,7 @@ SAME_ROOM = {
     "compact_writer": "compact",
     "durable": "compact",
     "spec": "families",
+    "embedding": "families",
     "terminal": "cli",
     "kernels_cli": "cli",
 }

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pared.compact import open_folder
 from pared.convert import convert
-from pared.converters import recipe
+from pared.converters import recipe, training
 from pared.converters.calibration import Calibration
 from pared.converters.compress import compress
 from pared.converters.layout import encode_group, layout_sizes
@@ -165,9 +165,9 @@ def test_recovery_trains_merges_exactly_and_keeps_the_bases(tmp_path, text, monk
     seen = []
     merge = recover._merged
 
-    def spy(layer):
+    def spy(*told):
         seen or seen.append(model(TOKENS[None]).logits.detach())
-        return merge(layer)
+        return merge(*told)
 
     monkeypatch.setattr(recover, "_merged", spy)
     record = trained(model, read, tmp_path / "trained")
@@ -212,7 +212,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_killed_training_resumes_to_the_same_result(tmp_path, text, monkeypatch, after):
     model, read = compressed(tmp_path, text)
-    monkeypatch.setattr(recover, "SAVE_EVERY", 5)
+    monkeypatch.setattr(training, "SAVE_EVERY", 5)
     whole = trained(model, read, tmp_path / "whole")
     save, count = Record.save, []
 

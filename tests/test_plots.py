@@ -123,3 +123,15 @@ def test_decode_speed_is_measured_for_rows_of_the_quality_table() -> None:
         rows = json.loads(measured.read_text())["rows"]
         dense = rows["dense"]["bytes_per_token"]
         assert all(rows[key]["bytes_per_token"] < dense for key in rows if key != "dense")
+
+
+def test_the_depth_picture_names_both_choices(tmp_path: Path) -> None:
+    curve = {"loss": [3.0, 2.0, 2.5, 1.5, 1.8, 1.9], "R@10": [0.1, 0.2, 0.2, 0.3, 0.4, 0.3], "small": 2, "large": 4}
+    rows = json.dumps({"rows": {"curve": curve}})
+    (tmp_path / "embedder_l3prune.json").write_text(rows)
+    ((name, figure),) = plots.figures(tmp_path)
+    loss, recall = figure.axes
+    assert name == "embedder_depth"
+    assert {text.get_text() for text in loss.texts} >= {"small: 2", "large: 4"}
+    assert list(loss.lines[0].get_ydata()) == curve["loss"]
+    assert recall.lines[0].get_ydata() == pytest.approx([100 * share for share in curve["R@10"]])

@@ -43,6 +43,11 @@ class Params(wanda.Params):
 
     LIMITS: ClassVar[dict[str, tuple[float, float]]] = {**wanda.Params.LIMITS, "alpha": (0, 1e9)}
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The gradient file."""
+        return () if self.gradients is None else (Path(self.gradients),)
+
 
 def search(
     model: PreTrainedModel, calibration: Calibration, record: Record, params: Params, progress: bool = True

@@ -7,6 +7,7 @@ pattern N:M the smallest of every M inputs go.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
@@ -15,7 +16,6 @@ from ..calibration import Calibration
 from ..record import Record
 
 NAME = "magnitude"
-READS_TEXT = False
 apply, summary = pruning.apply, pruning.summary
 
 
@@ -23,9 +23,11 @@ apply, summary = pruning.apply, pruning.summary
 class Params(pruning.Params):
     """sparsity, pattern, layers, modules: see pruning.Params."""
 
+    reads: ClassVar[str] = "nothing"
+
 
 def search(
-    model: PreTrainedModel, calibration: Calibration, record: Record, params: Params, progress: bool = True
+    model: PreTrainedModel, calibration: Calibration | None, record: Record, params: Params, progress: bool = True
 ) -> None:
     """Fill `record` with masks; no text is looked at. Raises BadParameter, SourceError for NaN or infinity."""
     pruning.Search(model, record, params, NAME, progress).by_size()

@@ -14,18 +14,16 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ...errors import BadParameter
 from ..calibration import Calibration
 from ..modelling import BasisLinear, replace_linear
 from ..record import Record
+from ..training import adapters, fast_products, tenths, train
 
 NAME = "recover"
-SAVE_EVERY = 25  # steps
 WARM_UP = 0.1  # share of the steps over which the learning rate rises; after it, it falls to zero
-ADAPTER = "default"
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,15 @@ def search(
     if not paths:
         raise BadParameter("recover trains compressed layers and the model has none; give --method basis_sharing first")
     windows = calibration.windows(params.steps * params.batch, params.length, params.seed)
-    with _adapters(model, paths, params):
-        losses, complaint = _train(model, windows.view(params.steps, params.batch, -1), record, params, progress)
-        merged = {path: _merged(model.get_submodule(f"{path}.coefficients")) for path in paths}
+    batches = windows.view(params.steps, params.batch, -1)
+    rising = int(WARM_UP * params.steps)
+    names = [f"{path}.coefficients" for path in paths]
+    with _opened(model, paths), adapters(model, names, params.r, params.alpha, 0.0, params.seed) as factors:
+        losses, complaint = train(
+            model, params.steps, lambda step: _loss(model, batches[step]), record, params.lr, rising, progress, NAME
+        )
+        scale = params.alpha / params.r
+        merged = {path: _merged(model.get_submodule(path), scale, *factors(f"{path}.coefficients")) for path in paths}
     record.save("merged", merged, {"loss": losses, "stopped": complaint})
 
 
@@ -101,101 +105,30 @@ def summary(record: Record) -> dict[str, Any]:
     """The training loss, averaged over the first and the last tenth of the steps, and why it ended early, if so."""
     facts = record.facts("merged")
     losses = facts["loss"]
-    tenth = max(1, len(losses) // 10)
-    means = [sum(part) / len(part) if part else None for part in (losses[:tenth], losses[-tenth:])]
-    return {"steps": len(losses), "loss": means, "stopped": facts["stopped"]}
+    return {"steps": len(losses), "loss": tenths(losses), "stopped": facts["stopped"]}
 
 
 @contextlib.contextmanager
-def _adapters(model: PreTrainedModel, paths: list[str], params: Params) -> Iterator[None]:
-    """While open, the compressed layers carry fresh adapters, the only things that train."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise BadParameter("recover needs peft; pip install 'pared[train]'") from None
+def _opened(model: PreTrainedModel, paths: list[str]) -> Iterator[None]:
+    """While open, the compressed layers can carry adapters."""
     closed = {path: model.get_submodule(path) for path in paths}
     for path, module in closed.items():
         replace_linear(model, path, _Open(module))
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(params.seed)
-            names = [f"{path}.coefficients" for path in paths]
-            config = LoraConfig(r=params.r, lora_alpha=params.alpha, target_modules=names, lora_dropout=0.0)
-            inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         yield
     finally:
         for path, module in closed.items():
             replace_linear(model, path, module)
-        model.__dict__.pop("peft_config", None)  # else the next training would think these adapters still there
 
 
-def _merged(layer: Any) -> torch.Tensor:
+def _merged(opened: Any, scale: float, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Coefficients [N, R] and adapter in one matrix."""
-    return (layer.base_layer.weight + layer.get_delta_weight(ADAPTER)).detach().float().contiguous()
-
-
-def _train(
-    model: PreTrainedModel, batches: torch.Tensor, record: Record, params: Params, progress: bool
-) -> tuple[list[float], str | None]:
-    """One pass over batches [S, B, T]: the losses, and why it ended early. Adapters end as their last good state."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=params.lr, weight_decay=0.0)
-    losses = _resume(record, trained, optimizer)
-    good = {name: p.detach().clone() for name, p in trained.items()}
-    bar = tqdm(range(len(losses), len(batches)), "recovering", unit="step", disable=not progress)
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = params.lr * _share_of_peak(step, len(batches))
-        loss = _loss(model, batches[step])
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        if not torch.isfinite(loss) or not torch.isfinite(norm):
-            _restore(trained, good)
-            return losses, f"the loss of step {step} was {loss.item()}, its gradient {norm.item()}; try a smaller lr"
-        good = {name: p.detach().clone() for name, p in trained.items()}
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % SAVE_EVERY == 0:
-            record.save("step", _state(trained, optimizer), {"losses": losses})
-    return losses, None
+    weight: torch.Tensor = opened.coefficients.base_layer.weight.detach()
+    return (weight + scale * b @ a).float().contiguous()
 
 
 def _loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the next token over windows [B, T].
-
-    Products are bf16 where the machine has instructions for them, which halves the time of a step.
-    """
-    fast = model.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast):
+    """Mean cross-entropy of the next token over windows [B, T]."""
+    with fast_products(model):
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def _share_of_peak(step: int, steps: int) -> float:
-    rising = max(1, int(WARM_UP * steps))
-    return min((step + 1) / rising, (steps - step) / max(1, steps - rising))
-
-
-def _state(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Adapters and the optimizer's moments, flat."""
-    flat = {f"adapter/{name}": p.detach() for name, p in trained.items()}
-    for name, p in trained.items():
-        flat |= {f"{key}/{name}": value for key, value in optimizer.state[p].items()}
-    return flat
-
-
-def _resume(record: Record, trained: dict[str, nn.Parameter], optimizer: Any) -> list[float]:
-    """Take up the last saved step, if there is one; returns the losses so far."""
-    if not record.holds("step"):
-        return []
-    saved, losses = record.tensors("step"), record.facts("step")["losses"]
-    for name, p in trained.items():
-        p.data.copy_(saved[f"adapter/{name}"])
-        optimizer.state[p] = {key: saved[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    return losses
-
-
-def _restore(trained: dict[str, nn.Parameter], good: dict[str, torch.Tensor]) -> None:
-    for name, p in trained.items():
-        p.data.copy_(good[name])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import SourceError
-from . import basis_sharing, huggingface, lora, svd_llm
+from . import basis_sharing, huggingface, l3prune, lora, svd_llm
+from .short import repaired
 from .source import Source
 
 FACTORED = (basis_sharing, svd_llm)
@@ -34,9 +35,19 @@ def open_source(path: str | Path) -> Source:
 
 
 def _folder(path: Path) -> Source:
-    plain = lora.open_source(path) if lora.is_adapter(path) else huggingface.open_source(path)
+    plain = _plain(path)
     names = plain.names()
     for layout in FACTORED:
         if layout.recognises(names):
             return layout.open_source(plain, names)
     return plain
+
+
+def _plain(path: Path) -> Source:
+    """A folder's dense weights: an adapter merged, the layers counted."""
+    if l3prune.is_adapter(path):
+        return l3prune.open_adapter(path)
+    if lora.is_adapter(path):
+        return lora.open_source(path)
+    plain = huggingface.open_source(path)
+    return repaired(l3prune.open_merged(plain) if l3prune.recognises(plain.config) else plain)

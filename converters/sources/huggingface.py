@@ -33,6 +33,7 @@ COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "embedding.json",
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",

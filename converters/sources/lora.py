@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ... import families
 from ...errors import SourceError
 from . import huggingface
 from .source import Skip, Source
@@ -35,7 +36,7 @@ def open_source(path: Path) -> Source:
     """The base checkpoint with the adapter merged into it. Raises SourceError for what it cannot merge exactly."""
     config = huggingface.read_json(path / CONFIG)
     base = huggingface.open_source(_base(path, config))
-    scale, deltas = _scale(path, config), _deltas(path)
+    scale, deltas = _scale(path, config), _named(_deltas(path), base)
     if unknown := sorted({f"{module}.weight" for module in deltas} - set(base.names())):
         raise SourceError(f"{path} adapts {unknown[0]}, which its base {base.path} does not hold")
     flip = bool(config.get("fan_in_fan_out"))
@@ -87,6 +88,18 @@ def _deltas(path: Path) -> Deltas:
         if factors.keys() != {"A", "B"}:
             raise SourceError(f"{file} holds only one of lora_A and lora_B for {module}; is the download complete?")
     return deltas
+
+
+def adapted(path: Path) -> list[str]:
+    """The paths of the modules that an adapter adds to, as it names them."""
+    return list(_deltas(path))
+
+
+def _named(deltas: Deltas, base: Source) -> Deltas:
+    """The deltas by the base checkpoint's names: an adapter on a bare backbone lacks the leading module."""
+    spec = families.read(base.config)
+    ours = {spec.canonical(name): name.removesuffix(".weight") for name in base.names()}
+    return {ours.get(spec.canonical(f"{path}.weight"), path): factors for path, factors in deltas.items()}
 
 
 def _merged(

@@ -228,9 +228,12 @@ def chat(
 
 @app.command("eval")
 def evaluate(
-    path: Folder,
-    perplexity: Annotated[bool, typer.Option("--perplexity", help="Measure perplexity.")] = False,
-    text: Annotated[Path | None, typer.Option(metavar="FILE", help="The text to measure on, UTF-8.")] = None,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Compact folders.", show_default=False)],
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="A text to measure perplexity on, UTF-8.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Multiple choice, of bench/tasks; needs the extra eval.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task; default: all.")] = None,
     window: Annotated[int, typer.Option(help="Tokens that the model sees at once.")] = 2048,
     protocol: Annotated[
         Protocol, typer.Option(help="Drop the tail (windows), or keep and average it (tail).")
@@ -240,21 +243,27 @@ def evaluate(
     int8_head: Int8HeadOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model's quality on a text."""
-    if not perplexity or text is None:
-        raise BadParameter("eval measures perplexity: give --perplexity --text FILE")
+    """Measure the quality of models on a text, on questions, or on both, side by side."""
+    if text is None and tasks is None:
+        raise BadParameter("eval measures perplexity on --text FILE and accuracy on --tasks NAME,...: give one or both")
     import torch
 
     from .evaluate import Report, measure
 
-    kind = dtype and getattr(torch, dtype.value)
+    kind, shown = dtype and getattr(torch, dtype.value), sys.stderr.isatty()
     options: dict[str, Any] = {"window": window, "protocol": protocol.value, "dtype": kind, "device": device}
-    options["int8_head"] = int8_head
-    row = measure(path, _read(text), progress=sys.stderr.isatty(), **options)
+    options |= {"int8_head": int8_head, "progress": shown, "questions": None}
+    if tasks is not None:
+        from .bench.data import TASKS
+        from .harness import multiple_choice
+
+        options["questions"] = multiple_choice(tasks.split(","), TASKS, limit, shown)
+    read = None if text is None else _read(text)
+    rows = tuple(measure(path, read, **options) for path in paths)
     if as_json:
-        print_json(asdict(row))
+        print_json([asdict(row) for row in rows])
     else:
-        print(Report((row,)))
+        print(Report(rows))
 
 
 @app.command()

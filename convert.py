@@ -53,12 +53,12 @@ def convert(
 
     Without a method nothing is lost: every weight keeps its bits, unless `dtype` (bf16, fp16, fp32) casts it.
     methods: `name:key=value,...` each, in order; they compute in fp32 on what `calibration`, a text file, makes the
-    model see, and the report then has a row for the original too. format: storage of every linear module; default is
-    the smallest that fits. text: a file whose perplexity the report gives. `dst` appears only when it is whole and has
-    been loaded; an interrupted conversion resumes. Raises SourceError and FolderError with what to do next.
+    model see. format: storage of every linear module; default is the smallest that fits. text: a file whose perplexity
+    the report gives. Where anything is compressed the report has a row for the original too: the same weights, dense,
+    in the same dtype. `dst` appears only when it is whole and has been loaded; an interrupted conversion resumes.
+    Raises SourceError and FolderError with what to do next.
     """
-    if format is not None and format not in (known := [module.NAME for module in formats.FORMATS]):
-        raise BadParameter(f"no format is called {format!r}; known are {', '.join(known)}")
+    _refuse_unknown(format)
     cast = _dtype(dtype)
     recipe = _Recipe.read(methods, calibration)
     measured = None if text is None else _text(Path(text))
@@ -70,6 +70,8 @@ def convert(
         packed, dtype, done = recipe.run(source, cast, writer, progress)
         pack(packed, writer, dtype, format, progress)
         partial = writer.finish(_config(packed, cast), _provenance(source, cast, done), packed.files)
+        if not before and not _stock(partial):
+            before = [_original(source, writer, cast, measured, progress)]
         row = replace(measure(partial, measured, progress=progress), name=Path(dst).name)
         writer.record({"measured": asdict(row)} | ({"original": asdict(before[0])} if before else {}))
         writer.publish()
@@ -123,12 +125,17 @@ def _original(source: Source, writer: FolderWriter, cast: torch.dtype | None, te
     if known.exists():
         return Row(**json.loads(known.read_text()))
     with FolderWriter(place / "dense", resume_key=source.fingerprint) as dense_writer:
-        pack(source, dense_writer, cast, None, progress)
+        pack(source, dense_writer, cast, dense.NAME, progress)
         folder = dense_writer.finish(_config(source, cast), {}, source.files)
         row = replace(measure(folder, text, progress=progress), name="original")
     replace_file(known, json.dumps(asdict(row)).encode())
     shutil.rmtree(dense_writer.partial)
     return row
+
+
+def _stock(path: Path) -> bool:
+    with open_folder(path) as folder:
+        return folder.manifest.stock
 
 
 def export(path: str | Path, out: str | Path, *, progress: bool = True, max_shard_bytes: int = SHARD_BYTES) -> Path:
@@ -194,6 +201,12 @@ def _digest(path: Path) -> str:
         return file_sha256(path)
     except OSError as wrong:
         raise BadParameter(f"a method reads {path}, which cannot be read ({wrong.strerror})") from None
+
+
+def _refuse_unknown(format: str | None) -> None:
+    known = [module.NAME for module in formats.FORMATS]
+    if format is not None and format not in known:
+        raise BadParameter(f"no format is called {format!r}; known are {', '.join(known)}")
 
 
 def _refuse_same(src: Path, dst: Path) -> None:

@@ -73,8 +73,10 @@ class BuildPy(build_py):
 
 
 TRAIN = ["peft>=0.17"]
+EVAL = ["lm-eval>=0.4.9"]
 TEST = [
     *TRAIN,
+    *EVAL,
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -97,7 +99,11 @@ setup(
     python_requires=">=3.10",
     packages=list(parts()),
     package_dir=parts(),
-    package_data={PKG: ["py.typed"], f"{PKG}.kernels.native": ["*.cpp", "*.h"]},
+    package_data={
+        PKG: ["py.typed"],
+        f"{PKG}.kernels.native": ["*.cpp", "*.h"],
+        f"{PKG}.bench": ["tasks/*.yaml"],
+    },
     install_requires=[
         "torch>=2.11,<2.16",
         "transformers>=5.17,<6",
@@ -110,7 +116,7 @@ setup(
         "typer>=0.16",
         "rich>=13.7",
     ],
-    extras_require={"test": TEST, "train": TRAIN, "bench": BENCH},
+    extras_require={"test": TEST, "train": TRAIN, "eval": EVAL, "bench": BENCH},
     entry_points={"console_scripts": [f"{PKG}={PKG}.cli:main"]},
     cmdclass={"build_py": BuildPy},
     # The library is loaded through ctypes: any Python 3, one platform.

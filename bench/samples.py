@@ -13,8 +13,8 @@ import torch
 
 from ..converters.low_rank import rank
 from ..errors import BadParameter
-from ..kernels import attention, dense, formats, fused, int8, shared_basis
-from ..kernels.unit import Prepared, Unit
+from ..kernels import attention, decode, dense, formats, fused, int8, shared_basis
+from ..kernels.unit import Around, Prepared, Unit
 
 PATH = "m"
 """The one module that every sample serves."""
@@ -24,6 +24,8 @@ SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 32, 8, 128, 4096, 14336
 ROWS = (1, 8, 64)
 CONTEXT, PAGE = 512, 16
+GATED, RESIDUAL = AROUNDS = ("norm, gated", "residual")
+"""What may stand around a linear: a norm ahead of gate | up and their product behind, or a sum behind."""
 KEPT_OUT = 0.2
 """Share of the weights that the samples of shared_basis leave out: the paper's first row."""
 
@@ -84,6 +86,31 @@ def applying(module: ModuleType, prepared: Prepared, x: torch.Tensor) -> Callabl
     return lambda: module.apply(x, prepared, PATH)
 
 
+def around(kind: str, x: torch.Tensor, n: int) -> Around:
+    """What stands around a sample of n outputs on x [M, K], of one kind of AROUNDS."""
+    m, k = x.shape
+    if kind == GATED:
+        return Around((random((k,), torch.float32).abs() * k**0.5).to(x.device), 1e-5, "silu")
+    return Around(residual=(random((m, n), x.dtype) * n**0.5).to(x.device))
+
+
+def gated(module: ModuleType, prepared: Prepared) -> Prepared:
+    """The sample twice, as gate and as up. Raises BadParameter where the format does not stack them."""
+    stacked: Prepared | None = module.stack([(prepared, PATH)] * 2)
+    if stacked is None:
+        raise BadParameter(f"{module.NAME} does not stack two samples of one input, as gate | up are")
+    return stacked
+
+
+def applying_around(
+    module: ModuleType, prepared: Prepared, x: torch.Tensor, kind: str
+) -> Callable[[], torch.Tensor | None]:
+    """`apply_around` of a sample on x [M, K], as a call without arguments."""
+    given = around(kind, x, prepared.outputs[PATH][0])
+    laid_out = gated(module, prepared) if kind == GATED else prepared
+    return lambda: module.apply_around(x, laid_out, PATH, given)
+
+
 def title(module: ModuleType, form: str) -> str:
     """Format and form in two words."""
     return f"{module.NAME} {form}".rstrip()
@@ -105,6 +132,10 @@ def steps(rows: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], 
     qkv, half = made(rows, (HEADS + 2 * KV_HEADS) * HEAD_DIM), made(rows, FFN)
     return {
         "paged_attention": lambda: attention.paged_attention(q, pool, pool, starts, context, tables, 1, 0.1, 0),
+        "decode": lambda: decode.decode(
+            *(qkv, table, table, pool, pool.clone(), slots, context, tables),
+            *(HEADS, KV_HEADS, HEAD_DIM, None, 0.0, 0.1, 0),
+        ),
         "rotary_cache": lambda: fused.rotary_cache(
             qkv, table, table, pool, pool.clone(), slots, HEADS, KV_HEADS, HEAD_DIM
         ),

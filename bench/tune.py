@@ -27,7 +27,7 @@ from .compiled import launched, need_a_compiler
 from .one_format import Side
 from .truth import rms_error
 from .tuning_source import with_entry
-from .workloads import Attention, FormatOnRows, Workload
+from .workloads import Attention, DecodeStep, FormatOnRows, Workload
 
 if TYPE_CHECKING:
     from ..kernels.tuning import Tile
@@ -36,14 +36,20 @@ ROTATED_BYTES = 1 << 30
 TABLE = Path(__file__).resolve().parents[1] / "kernels" / "tuning.py"
 COLUMNS = ("table", "tile", "registers", "shared", "bytes/instr", "verdict")
 SERVED = {
-    "GEMV": ("dense",),
-    "GEMM": ("dense", "shared_basis"),  # whose second launch takes its tiles from here as well
-    "BASIS_GEMV": ("shared_basis",),
-    "BASIS_GEMM": ("shared_basis",),
+    "GEMV": (("dense", ""),),
+    "GEMM": (("dense", ""), ("shared_basis", "")),  # whose second launch takes its tiles from here as well
+    "WHOLE_GEMM": tuple(("dense", kind) for kind in samples.AROUNDS),
+    "BASIS_GEMV": (("shared_basis", ""),),
+    "BASIS_GEMM": (("shared_basis", ""),),
 }
-"""Tables of kernels/tuning.py, and the formats whose launches look into them."""
-TABLES = (*SERVED, "ATTENTION")
-ONE_TILE = ("GEMV",)
+"""Tables of kernels/tuning.py, and (format, what stands around it) of the launches that look into them."""
+ATTENDING: dict[str, tuple[Workload, ...]] = {
+    "ATTENTION": (Attention(8, 1, 4096), Attention(1, 2048, 2048)),
+    "DECODE": (DecodeStep(8, 4096),),
+}
+"""Tables without a matrix: for each slot the workload."""
+TABLES = (*SERVED, *ATTENDING)
+ONE_TILE = ("GEMV", "DECODE")
 """Tables that hold a tile for a target; the others hold a tuple of them, one a slot."""
 
 
@@ -82,21 +88,25 @@ def space(table: str) -> list[tuple[Tile, ...]]:
     return {
         "GEMV": [tuple(filter(streams, tiles(1, (1, 2, 4, 8, 16), gemv, (2, 4, 8), (1,))))],
         "GEMM": [tiles(m, (32, 64, 128), (64, 128), (4, 8), (2, 3, 4, 5)) for m in (16, 32, 64, 128)],
+        "WHOLE_GEMM": [
+            tiles(m, n, (64, 128, 256), (4, 8), (2, 3, 4)) for m, n in ((16, (32,)), (16, (16,)), (64, (32, 64)))
+        ],
         "BASIS_GEMV": [tuple(filter(streams, tiles(1, (n,), gemv, (4, 8), (1,)))) for n in (16, 8, 4)],
         "BASIS_GEMM": [tiles(m, (32, 64), (64, 128), (4, 8), (2, 3, 4)) for m in (16, 64)],
         "ATTENTION": [tiles(m, (32, 64, 128), (0,), (4, 8), (1, 2, 3)) for m in (16, 64)],
+        "DECODE": [tiles(16, (16, 32, 64, 128), (0,), (2, 4, 8), (1, 2, 3))],
     }[table]
 
 
 def slots(table: str, shapes: Sequence[tuple[int, int]]) -> list[Slot]:
     """What has to be decided for `table`, and on which workloads."""
-    if table == "ATTENTION":
-        workloads: dict[int, tuple[Workload, ...]] = {16: (Attention(8, 1, 4096),), 64: (Attention(1, 2048, 2048),)}
-        return [Slot(table, tiles, workloads[tiles[0].m]) for tiles in space(table)]
-    return [
-        Slot(table, tiles, tuple(FormatOnRows(name, *shape, tiles[0].m) for name in SERVED[table] for shape in shapes))
-        for tiles in space(table)
-    ]
+    if table in ATTENDING:
+        return [Slot(table, tiles, (one,)) for tiles, one in zip(space(table), ATTENDING[table], strict=True)]
+
+    def workloads(m: int) -> tuple[Workload, ...]:
+        return tuple(FormatOnRows(name, n, k, m, around) for name, around in SERVED[table] for n, k in shapes)
+
+    return [Slot(table, tiles, workloads(tiles[0].m)) for tiles in space(table)]
 
 
 @contextlib.contextmanager
@@ -144,7 +154,7 @@ def timed(trials: Sequence[Trial], target: str, rounds: int) -> None:
     """Check and time on this GPU what is not dropped, a workload at a time, all tiles in turns."""
     for workload in trials[0].slot.workloads:
         sides: dict[int, Side] = {}
-        ground = workload.on_gpu(ROTATED_BYTES)
+        ground = workload.on("cuda", ROTATED_BYTES)
         for i, trial in enumerate(trials):
             if trial.dropped:
                 continue

@@ -23,6 +23,70 @@ Tensor = torch.Tensor
 
 
 @triton.jit
+def _span(position, window, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The keys [begin, stop) of this split, of all that a query at `position` sees."""
+    lowest = 0
+    if window > 0:
+        lowest = max(position - window + 1, 0)
+    keys = tl.cdiv(tl.cdiv(position + 1 - lowest, SPLITS), BLOCK_N) * BLOCK_N
+    begin = lowest + tl.program_id(2) * keys
+    return begin, min(begin + keys, position + 1)
+
+
+@triton.jit
+def _new_token(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    heads,
+    kv_heads,
+    eps,
+    own_head,
+    inside,
+    group,
+    d,
+    NORMED: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Rotated queries [BLOCK_M, D] of this key head, and its rotated key and its value [1, D], out of q|k|v."""
+    sequence, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = qkv_ptr + sequence * (heads + 2 * kv_heads) * HEAD_DIM
+    turn = (cos_ptr + sequence * HALF, sin_ptr + sequence * HALF)
+    q_at = token + (kv_head * GROUP + group)[:, None] * HEAD_DIM
+    q = rotate(q_at, own_head, d[None, :], *turn, q_norm_ptr, eps, NORMED, HEAD_DIM, HALF)
+    k_at = token + (heads + kv_head) * HEAD_DIM
+    k = rotate(k_at, inside, d[None, :], *turn, k_norm_ptr, eps, NORMED, HEAD_DIM, HALF)
+    v = tl.load(k_at + kv_heads * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    return q.to(qkv_ptr.dtype.element_ty), k.to(qkv_ptr.dtype.element_ty), v
+
+
+@triton.jit
+def _attended(largest, weight_sum, total, q, k, v, visible, scale, GROUP: tl.constexpr):
+    """The running softmax after BLOCK_N more keys: largest score, sum of weights, and sum of values [BLOCK_M, D]."""
+    if GROUP == 1:
+        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)[None, :] * scale
+    else:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.where(visible[None, :], scores, float("-inf"))
+    larger = tl.maximum(largest, tl.max(scores, axis=1))
+    weights = tl.exp(scores - larger[:, None])
+    shrink = tl.exp(largest - larger)
+    if GROUP == 1:
+        seen = tl.sum(tl.trans(weights) * v.to(tl.float32), axis=0)[None, :]
+        total = total * shrink[:, None] + seen
+    else:
+        # Rounded to the values' dtype for tensor cores, and summed as rounded: they still add up to one.
+        rounded = weights.to(v.dtype)
+        weights = rounded.to(tl.float32)
+        total = tl.dot(rounded, v, total * shrink[:, None], input_precision="ieee")
+    return larger, weight_sum * shrink + tl.sum(weights, axis=1), total
+
+
+@triton.jit
 def _attend_split(
     qkv_ptr,
     cos_ptr,
@@ -57,25 +121,13 @@ def _attend_split(
     own_head, inside = (group < GROUP)[:, None], (d < HEAD_DIM)[None, :]
     head = sequence * heads + kv_head * GROUP + group
     position = tl.load(context_lens_ptr + sequence) - 1
-    lowest = 0
-    if window > 0:
-        lowest = max(position - window + 1, 0)
-    keys = tl.cdiv(tl.cdiv(position + 1 - lowest, SPLITS), BLOCK_N) * BLOCK_N
-    begin = lowest + split * keys
-    stop = min(begin + keys, position + 1)
+    begin, stop = _span(position, window, SPLITS, BLOCK_N)
     if begin >= stop:
         tl.store(weight_ptr + head * SPLITS + split, float("-inf"), mask=group < GROUP)
         return
 
-    token = qkv_ptr + sequence * (heads + 2 * kv_heads) * HEAD_DIM
-    turn = (cos_ptr + sequence * HALF, sin_ptr + sequence * HALF)
-    q_at = token + (kv_head * GROUP + group)[:, None] * HEAD_DIM
-    q = rotate(q_at, own_head, d[None, :], *turn, q_norm_ptr, eps, NORMED, HEAD_DIM, HALF)
-    q = q.to(qkv_ptr.dtype.element_ty)
-    k_at = token + (heads + kv_head) * HEAD_DIM
-    new_k = rotate(k_at, inside, d[None, :], *turn, k_norm_ptr, eps, NORMED, HEAD_DIM, HALF)
-    new_k = new_k.to(qkv_ptr.dtype.element_ty)
-    new_v = tl.load(k_at + kv_heads * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    read = (qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, heads, kv_heads, eps)
+    q, new_k, new_v = _new_token(*read, own_head, inside, group, d, NORMED, GROUP, HEAD_DIM, HALF)
     if stop > position:
         slot = (tl.load(slots_ptr + sequence) * kv_heads + kv_head) * HEAD_DIM + d[None, :]
         tl.store(k_pool_ptr + slot, new_k, mask=inside)
@@ -91,26 +143,9 @@ def _attend_split(
         at = ((block.to(tl.int64) * PAGE + key % PAGE) * kv_heads + kv_head)[:, None] * HEAD_DIM + d[None, :]
         k = tl.where((key == position)[:, None], new_k, tl.load(k_pool_ptr + at, mask=old, other=0.0))
         v = tl.where((key == position)[:, None], new_v, tl.load(v_pool_ptr + at, mask=old, other=0.0))
-        if GROUP == 1:
-            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)[None, :] * scale
-        else:
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where((key < stop)[None, :], scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp(scores - larger[:, None])
-        shrink = tl.exp(largest - larger)
-        if GROUP == 1:
-            seen = tl.sum(tl.trans(weights) * v.to(tl.float32), axis=0)[None, :]
-            total = total * shrink[:, None] + seen
-        else:
-            # Rounded to the values' dtype for tensor cores, and summed as rounded: they still add up to one.
-            rounded = weights.to(v.dtype)
-            weights = rounded.to(tl.float32)
-            total = tl.dot(rounded, v, total * shrink[:, None], input_precision="ieee")
-        weight_sum = weight_sum * shrink + tl.sum(weights, axis=1)
-        largest = larger
-    y = total / weight_sum[:, None]
+        largest, weight_sum, total = _attended(largest, weight_sum, total, q, k, v, key < stop, scale, GROUP)
     at = (head * SPLITS + split)[:, None] * HEAD_DIM + d[None, :]
+    y = total / weight_sum[:, None]
     tl.store(part_ptr + at, y.to(part_ptr.dtype.element_ty), mask=own_head & inside)
     tl.store(weight_ptr + head * SPLITS + split, largest + tl.log(weight_sum), mask=group < GROUP)
 

@@ -55,6 +55,12 @@ def step_traffic(decoder: Decoder) -> Counter[str]:
     return spy.read
 
 
+def weight_memory(decoder: Decoder) -> int:
+    """Bytes of memory behind a decoder's weights, each stretch of it once, whoever shares it."""
+    storages = [tensor.untyped_storage() for tensor in _tensors(decoder.weights)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
 def _one_token(decoder: Decoder) -> tuple[Batch, KVCache]:
     spec = decoder.spec
 

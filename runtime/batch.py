@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .sequence import Chunk
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def build_batch(chunks: list[Chunk], page: int, device: torch.device | str) -> B
     rope_lens: list[int] = []
     slots: list[int] = []
     starts = [0]
-    logit_rows = []
+    logit_rows: list[int] = []
     for chunk in chunks:
         sequence, span = chunk.sequence, range(chunk.start, chunk.stop)
         tokens += sequence.tokens[chunk.start : chunk.stop]
@@ -47,22 +50,49 @@ def build_batch(chunks: list[Chunk], page: int, device: torch.device | str) -> B
         if chunk.samples:
             logit_rows.append(len(tokens) - 1)
     width = max(len(chunk.sequence.blocks) for chunk in chunks)
-    tables = [chunk.sequence.blocks + [0] * (width - len(chunk.sequence.blocks)) for chunk in chunks]
-
-    def tensor(values: list[int] | list[list[int]], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    # Few transfers: each costs a decode step as much as a small kernel.
-    of_rows = tensor([tokens, positions, rope_lens, slots], torch.int64)
-    of_sequences = tensor(starts + [chunk.stop for chunk in chunks], torch.int32)
+    tables = [block for chunk in chunks for block in _padded(chunk.sequence.blocks, width)]
+    longs, shorts = _moved(
+        (tokens, positions, rope_lens, slots, logit_rows),
+        (starts, [chunk.stop for chunk in chunks], tables),
+        torch.device(device),
+    )
     return Batch(
-        tokens=of_rows[0],
-        positions=of_rows[1],
-        rope_lens=of_rows[2],
-        slots=of_rows[3],
-        query_starts=of_sequences[: len(starts)],
-        context_lens=of_sequences[len(starts) :],
-        block_tables=tensor(tables, torch.int32),
-        logit_rows=tensor(logit_rows, torch.int64),
+        tokens=longs[0],
+        positions=longs[1],
+        rope_lens=longs[2],
+        slots=longs[3],
+        query_starts=shorts[0],
+        context_lens=shorts[1],
+        block_tables=shorts[2].view(len(chunks), width),
+        logit_rows=longs[4],
         max_query=max(chunk.stop - chunk.start for chunk in chunks),
     )
+
+
+def _padded(blocks: list[int], width: int) -> list[int]:
+    return blocks + [0] * (width - len(blocks))
+
+
+def _moved(
+    longs: Sequence[list[int]], shorts: Sequence[list[int]], device: torch.device
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """int64 and int32 tensors on `device`, all by one transfer: each costs a step as much as a small kernel."""
+    wide, narrow = array("q"), array("i")
+    long_places, short_places = _appended(wide, longs), _appended(narrow, shorts)
+    there = to_device(torch.frombuffer(bytearray(wide.tobytes() + narrow.tobytes()), dtype=torch.int32), device)
+    border = 2 * len(wide)
+    of_longs, of_shorts = there[:border].view(torch.int64), there[border:]
+    return [of_longs[place] for place in long_places], [of_shorts[place] for place in short_places]
+
+
+def _appended(values: array[int], lists: Sequence[list[int]]) -> list[slice]:
+    """Append the lists to `values`; where each lies.
+
+    Each begins at a multiple of 16 bytes, as tensors of their own do: Triton compiles a kernel anew where one does not.
+    """
+    unit, places = 16 // values.itemsize, []
+    for one in lists:
+        places.append(slice(len(values), len(values) + len(one)))
+        values.extend(one)
+        values.extend([0] * (-len(one) % unit))
+    return places

@@ -1,13 +1,14 @@
 """From logits to the next token of each sequence.
 
 A step whose sequences are all plainly greedy costs one argmax. Otherwise rows are grouped by what they ask for and
-each group is handled as one tensor. A seeded row draws from its own CPU generator, one number a token: what it gets
-depends on its logits and its seed alone, not on its batch mates, the device or how often it was preempted.
+each group is handled as one tensor. Nothing waits for the device but the one read of the chosen tokens, and that of
+log-probabilities where they are asked for. A seeded row draws from its own CPU generator, one number a token: what it
+gets depends on its logits and its seed alone, not on its batch mates, the device or how often it was preempted.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,10 @@ import torch
 from ..errors import EngineError
 from .params import SamplingParams
 from .sequence import Sequence
+from .transfer import to_device
+
+NOT_FINITE = -1
+"""In place of a token whose row holds no finite maximum: so that one read tells both."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,11 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], 
     best, tokens = adjusted.max(dim=-1)
     rows = [i for i, sequence in enumerate(sequences) if not sequence.params.greedy]
     if rows:
-        tokens[rows] = _draw(adjusted[rows], [sequences[i] for i in rows])
-    chosen, values = tokens.tolist(), best.tolist()
-    if not all(map(math.isfinite, values)):
-        bad = [sequence.id for sequence, value in zip(sequences, values, strict=True) if not math.isfinite(value)]
+        at = _there(rows, logits)
+        tokens[at] = _draw(adjusted[at], [sequences[i] for i in rows])
+    chosen: list[int] = tokens.where(best.abs() < torch.inf, NOT_FINITE).tolist()
+    if NOT_FINITE in chosen:
+        bad = [sequence.id for sequence, token in zip(sequences, chosen, strict=True) if token == NOT_FINITE]
         raise EngineError(f"the logits of requests {bad} are NaN or infinite; try another dtype, or check the weights")
     for sequence, token in zip(sequences, chosen, strict=True):
         if sequence.counts is not None and sequence.seen is not None:
@@ -60,14 +66,19 @@ def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
         return logits
     logits = logits.clone()
     if penalised:
-        logits[penalised] = _penalise(logits[penalised], [sequences[i] for i in penalised])
+        rows = _there(penalised, logits)
+        logits[rows] = _penalise(logits[rows], [sequences[i] for i in penalised])
     if biased:
-        at, ids, values = zip(*biased, strict=True)
-        logits[list(at), list(ids)] += torch.tensor(values, device=logits.device)
+        *places, values = zip(*biased, strict=True)
+        logits[tuple(_there(place, logits) for place in places)] += _there(values, logits)
     if barred:
-        at, ids = zip(*barred, strict=True)
-        logits[list(at), list(ids)] = -torch.inf
+        logits[tuple(_there(place, logits) for place in zip(*barred, strict=True))] = -torch.inf
     return logits
+
+
+def _there(values: Collection[float], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Numbers of the host as a tensor where `like` is."""
+    return to_device(torch.tensor(values, dtype=dtype), like.device)
 
 
 def _penalise(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
@@ -85,15 +96,15 @@ def _penalise(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
 
 def _remember(sequence: Sequence, like: torch.Tensor) -> None:
     """Count a sequence's tokens once; afterwards each new one is added as it is chosen."""
-    vocab, device = like.shape[-1], like.device
-    output = torch.tensor(sequence.output, dtype=torch.int64, device=device)
-    sequence.counts = torch.bincount(output, minlength=vocab).float()
-    sequence.seen = torch.zeros(vocab, dtype=torch.bool, device=device)
-    sequence.seen[torch.tensor(sequence.tokens, device=device)] = True
+    vocab = like.shape[-1]
+    output = torch.tensor(sequence.output, dtype=torch.int64)
+    sequence.counts = to_device(torch.bincount(output, minlength=vocab).float(), like.device)
+    sequence.seen = torch.zeros(vocab, dtype=torch.bool, device=like.device)
+    sequence.seen[_there(sequence.tokens, like)] = True
 
 
 def _column(sequences: list[Sequence], name: str, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([getattr(sequence.params, name) for sequence in sequences], device=like.device)[:, None]
+    return _there([getattr(sequence.params, name) for sequence in sequences], like)[:, None]
 
 
 def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
@@ -111,19 +122,19 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     if any(p.min_p for p in params):
         floor = _column(sequences, "min_p", logits) * probs.amax(dim=-1, keepdim=True)
         probs = probs.masked_fill(probs < floor, 0)
-    return _invert(probs, _uniforms(sequences).to(logits.device))
+    return _invert(probs, to_device(_uniforms(sequences), logits.device))
 
 
 def _keep_top(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """Mask what top-k and then top-p leave out; what equals the last one kept stays too. [r, V] -> [r, V]."""
-    device, vocab = logits.device, logits.shape[-1]
+    vocab = logits.shape[-1]
     # Sorting is the dear part: where every row has a top-k, only that many candidates are sorted out.
     width = min(vocab, max(p.top_k or vocab for p in params))
     ranked = logits.topk(width).values
-    ranks = torch.arange(width, device=device)
-    kept = ranks < torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
+    ranks = torch.arange(width, device=logits.device)
+    kept = ranks < _there([p.top_k or vocab for p in params], logits)[:, None]
     probs = ranked.masked_fill(~kept, -torch.inf).softmax(dim=-1, dtype=torch.float64)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)[:, None]
+    top_p = _there([p.top_p for p in params], logits, torch.float64)[:, None]
     before = probs.cumsum(dim=-1) - probs
     kept &= (before < top_p) | (top_p == 1) | (ranks == 0)
     floor = ranked.gather(1, kept.sum(dim=-1, keepdim=True) - 1)
@@ -154,8 +165,8 @@ def _logprobs(logits: torch.Tensor, sequences: list[Sequence], chosen: list[int]
     found: list[TokenLogprob | None] = [None] * len(sequences)
     if not rows:
         return found
-    logprobs = logits[rows].log_softmax(dim=-1)
-    own = logprobs[range(len(rows)), [chosen[i] for i in rows]].tolist()
+    logprobs = logits[_there(rows, logits)].log_softmax(dim=-1)
+    own = logprobs.gather(1, _there([chosen[i] for i in rows], logits)[:, None])[:, 0].tolist()
     width = min(logits.shape[-1], max(sequences[i].params.logprobs or 0 for i in rows))
     values, ids = (part.tolist() for part in logprobs.topk(width))
     for place, i in enumerate(rows):

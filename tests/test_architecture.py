@@ -18,6 +18,7 @@ SAME_ROOM = {
     "durable": "compact",
     "spec": "families",
     "embedding": "families",
+    "harness": "evaluate",
     "terminal": "cli",
     "kernels_cli": "cli",
 }
@@ -43,6 +44,8 @@ ONLY_IN = {
     "typer": {"cli.py", "kernels_cli.py"},
     "rich": {"terminal.py"},
     "matplotlib": {"bench"},
+    "lm_eval": {"harness.py"},
+    "datasets": {"bench/data.py"},
 }
 LINES = {"kernels": 400}
 LINES_ELSEWHERE, FUNCTION_LINES, KERNEL_LINES = 300, 40, 80

@@ -97,7 +97,9 @@ def test_converted_it_gives_the_logits_of_two_plain_products(tmp_path, case):
     name, groups = CASES[case]
     model = tiny.model(name)
     path = compressed.publish(tmp_path / "src", model, groups)
-    convert(path, tmp_path / "out", progress=False)
+    before, after = convert(path, tmp_path / "out", progress=False).rows
+    assert (before.name, after.name) == ("original", "out")
+    assert after.bytes_per_token < before.bytes_per_token
     expected = compressed.plain_model(model, compressed.units(model, groups))(TOKENS).logits
     dense = hf.AutoModelForCausalLM.from_pretrained(export(tmp_path / "out", tmp_path / "dense", progress=False))
     scale = expected.abs().max()

@@ -172,11 +172,17 @@ def test_a_device_that_is_not_there(pared: Run, tiny_folder: Path, device: str) 
 def test_eval(pared: Run, tiny_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("plain words, one after the other. " * 20, encoding="utf-8")
-    status, out, err = pared("eval", tiny_folder, "--perplexity", "--text", text, "--window", 64, "--json")
+    status, out, err = pared("eval", tiny_folder, "--text", text, "--window", 64, "--json")
     assert status == 0, err
-    assert json.loads(out)["perplexity"] > 1
-    assert pared("eval", tiny_folder)[0] == 1
-    assert "cannot be read" in pared("eval", tiny_folder, "--perplexity", "--text", tmp_path / "none")[2]
+    (row,) = json.loads(out)
+    assert row["perplexity"] > 1
+    status, out, err = pared("eval", tiny_folder, tiny_folder, "--text", text, "--window", 64)
+    assert status == 0, err
+    head, _, *lines = out.splitlines()
+    assert head.split() == ["model", "disk", "memory", "bytes", "per", "token", "tokens/s", "perplexity"]
+    assert [line.split()[-1] for line in lines] == [f"{row['perplexity']:.3f}"] * 2
+    assert "--tasks" in pared("eval", tiny_folder)[2]
+    assert "cannot be read" in pared("eval", tiny_folder, "--text", tmp_path / "none")[2]
 
 
 def test_bench(pared: Run, tiny_folder: Path, tmp_path: Path) -> None:

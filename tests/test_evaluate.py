@@ -99,6 +99,7 @@ def test_measure_counts_what_is_there(folder):
     assert row.disk_bytes == sum(file.stat().st_size for file in folder.iterdir())
     weights = (folder / "model.safetensors").stat().st_size
     assert 0.5 * weights < row.bytes_per_token < weights
+    assert row.bytes_per_token < row.memory_bytes < 1.1 * weights
     assert row.tokens_per_second > 0
     assert row.perplexity is None
     assert measure(folder, dtype=torch.bfloat16).bytes_per_token < 0.6 * row.bytes_per_token
@@ -106,11 +107,12 @@ def test_measure_counts_what_is_there(folder):
 
 def test_a_model_too_large_for_the_machine_is_not_loaded(folder, monkeypatch):
     monkeypatch.setattr(evaluate, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(evaluate, "load", None)
+    on_meta = load(folder, "meta")
+    monkeypatch.setattr(evaluate, "load", lambda path, device, *_: {"meta": on_meta}[str(device)])
     row = measure(folder, "w1 w2")
     assert row.tokens_per_second is None
     assert row.perplexity is None
-    assert row.bytes_per_token > 0
+    assert row.memory_bytes > row.bytes_per_token > 0
 
 
 def test_speed_stays_within_the_context_and_the_answer(folder):
@@ -120,10 +122,41 @@ def test_speed_stays_within_the_context_and_the_answer(folder):
 
 
 def test_the_table():
-    report = Report((Row("dense", 270_000_000, 269_100_000, 41.25, 21.0934), Row("half", 135_000_000, 134_600_000)))
-    assert str(report).splitlines() == [
-        "model      disk  bytes per token  tokens/s  perplexity",
-        "-----  --------  ---------------  --------  ----------",
-        "dense  270.0 MB         269.1 MB      41.2      21.093",
-        "half   135.0 MB         134.6 MB         -           -",
+    rows = (
+        Row("dense", 270_000_000, 269_900_000, 269_100_000, 41.25, 21.0934),
+        Row("half", 135_000_000, 1, 134_600_000),
+    )
+    assert str(Report(rows)).splitlines() == [
+        "model      disk    memory  bytes per token  tokens/s  perplexity",
+        "-----  --------  --------  ---------------  --------  ----------",
+        "dense  270.0 MB  269.9 MB         269.1 MB      41.2      21.093",
+        "half   135.0 MB    0.0 MB         134.6 MB         -           -",
     ]
+
+
+def test_the_table_has_a_column_for_every_task():
+    rows = (Row("a", 1, 1, 1, accuracy={"piqa": 0.5}), Row("b", 1, 1, 1, accuracy={"piqa": 0.625, "siqa": 1.0}))
+    head, _, *lines = str(Report(rows)).splitlines()
+    assert head.split()[-2:] == ["piqa", "siqa"]
+    assert [line.split()[-4:] for line in lines] == [["-", "50.0", "%", "-"], ["62.5", "%", "100.0", "%"]]
+
+
+@pytest.mark.parametrize("rows", [1, 48, 512])
+def test_log_likelihoods_are_those_of_one_pair_after_the_other(folder, rows):
+    decoder = load(folder, "cpu")
+    logits_of = decoder_logits(decoder)
+    draw = torch.Generator().manual_seed(0)
+    pairs = []
+    for context, rest in ((1, 1), (3, 2), (7, 5), (31, 1), (20, 12), (30, 9), (1, 40)):  # the last two do not fit
+        pairs.append([torch.randint(40, (n,), generator=draw).tolist() for n in (context, rest)])
+    best = logits_of(torch.tensor(pairs[1][0])).argmax(-1)[-1].item()
+    pairs.append((pairs[1][0], [best]))
+    found = list(evaluate.log_likelihoods(decoder, pairs, rows))
+    for (context, rest), (score, greedy) in zip(pairs, found, strict=True):
+        seen = [*context, *rest][-33:]
+        wanted = rest[-(len(seen) - 1) :]
+        logprobs = logits_of(torch.tensor(seen[:-1])).double().log_softmax(-1)[-len(wanted) :]
+        own = logprobs[range(len(wanted)), wanted].sum().item()
+        assert score == pytest.approx(own, abs=1e-4)
+        assert greedy == (logprobs.argmax(-1).tolist() == wanted)
+    assert found[-1][1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -13,8 +15,10 @@ from pared.runtime import graphs
 from pared.runtime.batch import Batch
 from pared.runtime.cache import KVCache
 from pared.runtime.captured import bucket, fill, padding
+from pared.runtime.engine import EngineCore
 from pared.runtime.graphs import GraphedDecoder
 from pared.runtime.loader import load
+from pared.runtime.params import SamplingParams
 from pared.tests.test_attention import (
     CASES,
     STEPS,
@@ -26,6 +30,7 @@ from pared.tests.test_attention import (
 )
 from pared.tests.test_formats import around_of, dtype_of, in_the_order_of_kernels, inputs
 from pared.tests.test_model import VARIANTS, random_model
+from pared.tests.test_transfers import OPTIONS
 from pared.tests.truth import assert_as_good
 
 pytestmark = [
@@ -136,6 +141,30 @@ def test_captured_steps_give_the_bits_of_eager_ones(tmp_path, monkeypatch, name,
         widths.add(width)
     assert sorted(graphed._graphs) == [1, 2, 4, 8]
     assert widths == {2, 4, 8, 16}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_a_step_waits_for_nothing_but_its_tokens(tmp_path, options):
+    """torch warns of every call that waits: each recorded step has one, the read of what it chose."""
+    random_model(VARIANTS["llama"]).save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "compact", progress=False, dtype="bfloat16")
+    decoder = load(tmp_path / "compact", device=DEVICE)
+    heads = [layer.kv_heads for layer in decoder.spec.layers]
+    cache = KVCache(heads, decoder.spec.head_dim, 64, 16, decoder.dtype, DEVICE)
+    core = EngineCore(GraphedDecoder(decoder), cache, context=40, eos=frozenset(), max_batch=4, chunk=32)
+    for prompt in ([1, 2, 3], [4, 5]):
+        core.add(prompt, SamplingParams(max_tokens=8, **options))
+    for _ in range(3):  # the prompts, and the step that is captured
+        core.step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        while core.busy:
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                core.step()
+            assert len(waits) == 1, [str(wait.message) for wait in waits]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("rows", [1, 8])

@@ -16,6 +16,7 @@ import torch
 
 from pared.bench import gpu_report
 from pared.bench.gpu import layers, markdown, targets
+from pared.bench.gpu.measuring import measure_sets
 from pared.bench.gpu.report import Part, Report
 from pared.bench.gpu.setting import setting
 from pared.kernels import dense, formats
@@ -93,6 +94,18 @@ def test_models_decode_dense_and_pivoted_in_both_modes(data: dict) -> None:
     assert len(data["stages"]["peers"]["rows"]) == 2
 
 
+def test_peers_multiply_the_same_sets(data: dict) -> None:
+    stage = data["stages"]["peer-kernels"]
+    assert stage["cusparselt"] == "absent" or torch.cuda.is_available()
+    sides = {layers.TORCH, layers.TWICE, layers.GATHER, "dense"}
+    sets = {row["set"] for row in stage["rows"]}
+    assert len(sets) == 4
+    assert {(row["set"], row["side"]) for row in stage["rows"]} == {(name, side) for name in sets for side in sides}
+    for name in sets:
+        size = {row["side"]: row["bytes"] for row in stage["rows"] if row["set"] == name}
+        assert size[layers.GATHER] == size["dense"] / 2 and size[layers.TWICE] < size["dense"]
+
+
 def test_the_budgets_together_stay_below_nine_minutes() -> None:
     assert sum(stage.seconds for stage in gpu_report.STAGES.values()) < 540
     questions = [stage for stage in gpu_report.STAGES.values() if stage.module == "questions"]
@@ -142,10 +155,23 @@ def test_no_time_for_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = dense.apply
     monkeypatch.setattr(dense, "apply", lambda x, prepared, path: honest(x, prepared, path) * 1.01)
     sides = layers.sides_of((layers.TORCH,), (dense,))
-    rows = {row["side"]: row for row in layers.measure_sets([[layers.lone(64, 64)]], 1, sides, setting(True), 1.0)}
+    rows = {row["side"]: row for row in measure_sets([[layers.lone(64, 64)]], 1, sides, setting(True), 1.0)}
     assert "our error is" in rows["dense"]["failed"]
     assert "time_us" not in rows["dense"]
     assert "time_us" in rows[layers.TORCH]
+
+
+def test_a_peer_that_is_wrong_has_no_time_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, peer = layers.PEERS[layers.GATHER]
+    assert peer.inputs == 0.5
+
+    def wrong(x: torch.Tensor, row: list) -> layers.Call:
+        assert (x == 0).sum() == x.numel() / 2
+        return lambda: layers.F.linear(x, row[0].tensors["weight"]) * 1.01
+
+    monkeypatch.setitem(layers.PEERS, "wrong", (make, layers.Peer(wrong, inputs=0.5)))
+    (row,) = measure_sets([[layers.lone(64, 64)]], 1, layers.sides_of(("wrong",)), setting(True), 1.0)
+    assert "our error is" in row["failed"] and "time_us" not in row
 
 
 def test_a_baseline_is_never_refused_for_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +179,7 @@ def test_a_baseline_is_never_refused_for_its_own_error(monkeypatch: pytest.Monke
     honest = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: honest(x, w, b) * 1.01)
     sides = layers.sides_of((layers.TORCH,), (dense,))
-    rows = {row["side"]: row for row in layers.measure_sets([[layers.lone(64, 64)]], 1, sides, setting(True), 1.0)}
+    rows = {row["side"]: row for row in measure_sets([[layers.lone(64, 64)]], 1, sides, setting(True), 1.0)}
     assert "time_us" in rows[layers.TORCH]
     assert rows[layers.TORCH]["error_rms"]["ours"] > 1e-3
     assert "time_us" in rows["dense"]
@@ -213,7 +239,7 @@ def test_targets_are_reached_missed_or_not_measured(tmp_path: Path) -> None:
 
 def test_the_probes_compile_without_spills_and_read_16_bytes_at_once() -> None:
     from pared.bench.compile_only import SHARED_MEMORY, TARGETS, compile_only, report
-    from pared.bench.gpu import triton_probes
+    from pared.bench.gpu import triton_peers, triton_probes
     from pared.bench.gpu.questions import integer_ops
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -227,9 +253,10 @@ def test_the_probes_compile_without_spills_and_read_16_bytes_at_once() -> None:
             words, starts = meta(256, 4096, dtype=torch.int32), meta(32, 4096, dtype=torch.int32)
             _, kernel = triton_probes.ell(meta(4096), meta(2048, 4096), words, starts)
             triton_probes.expand(meta(4096), meta(11008, 2048), meta(11008, 64, dtype=torch.int64))
+            triton_peers.gather_gemv(meta(1, 4096), meta(4096, 28672), 0.1)
         reports = [report(each) for each in compiled]
-        assert len(reports) == 4
+        assert [each.name for each in reports[4:]] == ["_gather", "_sum_partials"]
         assert all(r.spills == 0 and r.scratch == 0 and r.shared <= SHARED_MEMORY[name] for r in reports)
-        assert reports[0].count(r"LDG.*\.128|(buffer|global)_load_dwordx4") >= 8
+        assert reports[0].wide_loads >= 8 and reports[4].wide_loads >= 4 and reports[4].narrow_loads <= 4
         if name.startswith("sm"):
             assert 1 < integer_ops(kernel) < 20

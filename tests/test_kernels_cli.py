@@ -51,10 +51,14 @@ def test_list_tells_what_each_op_runs_here() -> None:
     assert "dense" in ops["linear"]["formats"]
     assert "shared_basis" in ops["basis_linear"]["formats"]
     assert ops["linear"]["here"] == [{"from_m": 1, "path": "native"}, {"from_m": 200, "path": "torch"}]
-    assert all(op["here"] or "no sample" in op["why"] for op in ops.values())
+    on_gpus = {name for name, op in ops.items() if not op["here"]}
+    assert all(ops[name]["why"] == inventory.GPU_ALONE for name in on_gpus)
     assert {"paged_attention", "rotary_cache", "gated_act"} <= {name for name, op in ops.items() if op["here"]}
     assert ops["rms_norm"]["native"] and not ops["rms_norm"]["formats"]
     if importlib.util.find_spec("triton"):
+        assert on_gpus == {"linear_around", "basis_linear_around", "decode"}
+        assert ops["linear_around"]["formats"] == ["dense"]
+        assert ops["decode"]["triton"] == ["_attend_split", "_merge"]
         assert ops["basis_linear"]["triton"][:2] == ["_basis_gemv", "_coefficients_gemv"]
         assert ops["paged_attention"]["triton"] == ["_attend"]
 
@@ -68,7 +72,10 @@ def test_list_prints_a_table() -> None:
 def test_compile_shows_what_every_launch_takes() -> None:
     result = run("compile", "--target", "sm_90", "--format", "dense", "--shape", "512x1024", "--rows", "1,2", "--json")
     assert result.exit_code == 0, result.output
-    gemv, gemm, partials = json.loads(result.stdout)
+    gemv, gemm, partials, *around = json.loads(result.stdout)
+    assert [(one["what"], one["kernel"], one["rows"]) for one in around] == [
+        (f"dense, {kind}", kernel, [m]) for kind in samples.AROUNDS for kernel, m in (("_gemv", 1), ("_gemm", 2))
+    ]
     assert [kernel["kernel"] for kernel in (gemv, gemm, partials)] == ["_gemv", "_gemm", "_sum_partials"]
     assert (gemv["rows"], gemm["rows"], gemv["shapes"]) == ([1], [2], ["512x1024"])
     assert gemv["wide_loads"] >= 4 and gemv["narrow_loads"] == 0 == gemv["spills"]
@@ -94,14 +101,16 @@ def test_compile_marks_what_breaks_a_limit(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(compile_only.SHARED_MEMORY, "sm_90", 16)
     result = run("compile", "--target", "sm_90", "--format", "dense", "--shape", "512x512", "--rows", "1")
     assert result.exit_code == 1
-    assert "1 wrong" in result.stdout and "sm_90 has 16" in result.stdout
+    assert "3 wrong" in result.stdout and "sm_90 has 16" in result.stdout
 
 
 @needs_triton
 def test_compile_tells_what_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.compiler.errors import CompilationError
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, around: object = None) -> None:
+        if around is not None:
+            return
         raise CompilationError("x = y", types.SimpleNamespace(lineno=1, col_offset=0), "y has no type")
 
     monkeypatch.setattr("pared.kernels.triton_dense.linear", broken)
@@ -113,7 +122,8 @@ def test_compile_tells_what_does_not_compile(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_format_without_a_gpu_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    known(monkeypatch, wrong_dense(apply=lambda x, prepared, path, wide=False: x @ prepared.tensors[0].t()))
+    alone = {"apply": lambda x, prepared, *_: x @ prepared.tensors[0].t(), "apply_around": lambda *_: None}
+    known(monkeypatch, wrong_dense(**alone))
     result = run("compile", "--target", "sm_90", "--format", "wrong", "--shape", "64x64", "--rows", "1", "--json")
     assert [line["kernel"] for line in json.loads(result.stdout)] == [None]
 

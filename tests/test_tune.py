@@ -13,12 +13,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 import torch
 
 from pared.bench import compile_only, one_format, tune
+from pared.bench.compiled import launched
 from pared.bench.paths import GpuLaunchers
+from pared.bench.samples import AROUNDS
 from pared.bench.truth import rms_error
 from pared.bench.tuning_source import with_entry
-from pared.bench.workloads import Attention, FormatOnRows, Ground
+from pared.bench.workloads import Attention, DecodeStep, FormatOnRows, Ground, Workload
 from pared.errors import KernelError
-from pared.kernels import tuning
+from pared.kernels import ops, tuning
 from pared.kernels.tuning import Tile
 
 SMALL = Tile(1, 4, 256, warps=2, stages=1)
@@ -68,6 +70,15 @@ def test_a_tile_is_the_only_one_of_its_table_while_it_is_tried() -> None:
     assert "sm_80" not in tuning.GEMV
 
 
+def test_no_table_of_launches_is_missing() -> None:
+    """Whatever holds a tile, or tiles, by target; and whether it is one is what ONE_TILE says."""
+    tables = {name: value for name, value in vars(tuning).items() if name.isupper() and isinstance(value, dict)}
+    found = {name: table["default"] for name, table in tables.items()}
+    held = {name: entry for name, entry in found.items() if isinstance(entry, tuple)}
+    assert held.keys() == set(tune.TABLES)
+    assert {name for name, entry in held.items() if isinstance(entry, Tile)} == set(tune.ONE_TILE)
+
+
 @pytest.mark.parametrize("table", tune.TABLES)
 def test_every_table_has_a_space_around_what_it_holds(table: str) -> None:
     entry = getattr(tuning, table)["default"]
@@ -83,7 +94,7 @@ def test_every_table_has_a_space_around_what_it_holds(table: str) -> None:
 class OnThisCpu:
     """A workload that needs no GPU: weights of one number, doubled; a tile of 13 outputs doubles wrongly."""
 
-    def on_gpu(self, rotated: int) -> Ground:
+    def on(self, device: str, rotated: int) -> Ground:
         def call(weight: torch.Tensor) -> torch.Tensor:
             return weight * (3 if tuning.GEMV["sm_90"].n == 13 else 2)
 
@@ -146,22 +157,47 @@ def test_only_the_entry_changes(table: str, target: str) -> None:
         with_entry(SOURCE, "NOPE", target, value)
 
 
-@pytest.mark.parametrize("workload", [Attention(2, 1, 64), Attention(1, 48, 48)], ids=str)
-def test_attention_is_held_to_what_torch_makes_of_it(workload: Attention) -> None:
-    q, pools, tables = workload._tensors("cpu")
-    wide = [tensor.float() for tensor in (q, *pools)]
-    error, bound = rms_error(workload._call(q, tables, pools), workload._torchs(q, *pools), workload._torchs(*wide))
-    assert error <= bound < 1e-3
+WORKLOADS = [
+    *(FormatOnRows(name, 64, 96, 3, around) for name in ("dense", "shared_basis") for around in ("", *AROUNDS)),
+    *(Attention(2, 1, 64), Attention(1, 48, 48), DecodeStep(2, 64)),
+]
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_what_is_timed_is_held_to_what_torch_makes_of_it(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU functions of the ops, which take everything; a GPU's kernels are held to the same."""
+    monkeypatch.setattr(ops, "takes_triton", lambda x: True)
+    ground = workload.on("cpu", 1)
+    y = ground.call(ground.weights[0])[: len(ground.own)]
+    error, bound = rms_error(y, ground.own, ground.truth)
+    assert error <= bound < 0.02 * ground.truth.square().mean().sqrt()
+    assert not rms_error(1.05 * y, ground.own, ground.truth)[0] <= bound
 
 
 def test_workloads_compile_what_a_gpu_would_launch() -> None:
-    names = []
-    for workload in (FormatOnRows("shared_basis", 256, 512, 1), Attention(1, 1, 64)):
+    for workload, expected in (
+        (FormatOnRows("shared_basis", 256, 512, 1), [["_basis_gemv", "_coefficients_gemv"]] * 2),
+        *((FormatOnRows("dense", 256, 512, 8, around), [["_gemm"]]) for around in AROUNDS),
+        (Attention(1, 1, 64), [["_attend"]]),
+        (DecodeStep(1, 64), [["_attend_split", "_merge"]]),
+    ):
+        names = []
         for call in workload.on_meta():
             with compile_only.names_only("sm_90") as launches, GpuLaunchers():
                 call()
             names.append(launches)
-    assert names == [["_basis_gemv", "_coefficients_gemv"]] * 2 + [["_attend"]]
+        assert names == expected
+    assert not ops.takes_triton(torch.empty(1))
+
+
+def test_a_tile_that_is_tried_is_the_one_that_compiles() -> None:
+    """Also where a table is one of several, of which a launch takes the first that fills the machine."""
+    tile = Tile(64, 64, 64, warps=8, stages=2)
+    (call,) = FormatOnRows("dense", 28672, 4096, 64, "residual").on_meta()
+    with tune.trying("WHOLE_GEMM", "sm_90", tile):
+        (kernel,) = launched("sm_90", call)
+    assert kernel.metadata.num_warps == 8
+    assert kernel.metadata.num_stages == 2
 
 
 def test_without_a_gpu_nothing_is_timed(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

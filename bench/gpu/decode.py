@@ -270,7 +270,7 @@ def _counts(subject: Subject) -> dict[str, Any]:
     batch = subject.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        subject.decoder(batch, subject.cache)
+        subject.decoder(subject.step(), subject.cache).argmax(-1)
         found["host_waits_in_a_step"] = 0
     except RuntimeError as error:
         found["host_waits_in_a_step"] = f"at least one: {error}"[:200]

@@ -11,7 +11,8 @@ import torch
 
 from ...kernels import dense, formats
 from . import ceilings
-from .layers import TORCH, Layer, Sets, layer_of, lone, measure_sets, sides_of
+from .layers import TORCH, Layer, Sets, layer_of, lone, sides_of
+from .measuring import measure_sets
 from .report import Part
 from .setting import MODELS, Setting
 

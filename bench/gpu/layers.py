@@ -1,7 +1,7 @@
-"""Layers of linears in every form that the formats give them, beside cuBLAS, over cold weights.
+"""Layers of linears in every form that the formats give them, and as peers compute them, over cold weights.
 
 `FORMS` are ways to make a unit of random weights; a format is measured in every form that it fits, so a new format
-appears here by itself. No time is given for a side whose result is not as near to the unrounded one as plain torch's.
+appears here by itself. `PEERS` are what no format of ours computes. measuring.py times them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ...converters.low_rank import rank
 from ...errors import KernelError
 from ...kernels import dense, formats, int8, shared_basis
 from ...kernels.unit import Packed, Prepared, Unit
-from .. import record
 from .setting import GROUP, RATIOS, Setting
-from .timing import Call, Recorded, in_turns, microseconds
+from .timing import Call
 
 TORCH, TWICE = "F.linear", "F.linear twice"
+GATHER, SPARSELT = "gather of half the inputs", "cuSPARSELt 2:4"
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,28 @@ Make = Callable[[Module, torch.device, torch.dtype], Unit]
 
 
 @dataclass(frozen=True)
+class Peer:
+    """What no format of ours computes: a call for x and the packed units of a set.
+
+    packer: how the units are packed. read: the share of their bytes that a call needs. inputs: the share of x that is
+    not zero. torchs: it is torch's product, whose error is what others are held to.
+    """
+
+    call: Callable[[torch.Tensor, list[Packed]], Call]
+    packer: ModuleType = dense
+    read: float = 1.0
+    inputs: float = 1.0
+    torchs: bool = False
+
+
+@dataclass(frozen=True)
 class Side:
-    """What is timed: `format` is None where torch alone runs. Baselines are what others are compared with."""
+    """What is timed: a format of ours, or a peer. Baselines are what others are compared with."""
 
     name: str
     format: ModuleType | None
     make: Make
+    peer: Peer | None = None
 
     @property
     def baseline(self) -> bool:
@@ -134,13 +150,50 @@ def format_sides(module: ModuleType) -> list[Side]:
     return [Side(f"{module.NAME} {form}", module, FORMS[form]) for form in fitting]
 
 
-def sides_of(torchs: Sequence[str] = (TORCH, TWICE), modules: Sequence[ModuleType] = ()) -> list[Side]:
-    """Torch's sides, then every form of the formats `modules`."""
-    own = {TORCH: _full, TWICE: FORMS[f"factored {RATIOS[0]} %"]}
-    return [*(Side(name, None, own[name]) for name in torchs), *(s for m in modules for s in format_sides(m))]
+def sides_of(peers: Sequence[str] = (TORCH, TWICE), modules: Sequence[ModuleType] = ()) -> list[Side]:
+    """The sides of PEERS so named, then every form of the formats `modules`."""
+    others = [Side(name, None, make, peer) for name in peers for make, peer in [PEERS[name]]]
+    return [*others, *(s for m in modules for s in format_sides(m))]
 
 
-# --- measuring -----------------------------------------------------------------------------------
+# --- peers ---------------------------------------------------------------------------------------
+
+
+def _joined(row: list[Packed]) -> torch.Tensor:
+    return torch.cat([packed.tensors["weight"] for packed in row])
+
+
+def _torchs(x: torch.Tensor, row: list[Packed]) -> Call:
+    weight = _joined(row)
+    return lambda: F.linear(x, weight)
+
+
+def _twice(x: torch.Tensor, row: list[Packed]) -> Call:
+    pairs = [(p.tensors["basis"], p.tensors[f"coefficients.{next(iter(p.modules))}"]) for p in row]
+    return lambda: [F.linear(F.linear(x, basis), coefficients) for basis, coefficients in pairs]
+
+
+def _gathering(x: torch.Tensor, row: list[Packed]) -> Call:
+    from .triton_peers import gather_gemv
+
+    columns = _joined(row).t().contiguous()
+    return lambda: gather_gemv(x, columns, 0.0)
+
+
+def _sparselt(x: torch.Tensor, row: list[Packed]) -> Call:
+    weight = torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(_joined(row))
+    return lambda: F.linear(x, weight)
+
+
+PEERS: dict[str, tuple[Make, Peer]] = {
+    TORCH: (_full, Peer(_torchs, torchs=True)),
+    TWICE: (FORMS[f"factored {RATIOS[0]} %"], Peer(_twice, shared_basis, torchs=True)),
+    GATHER: (_full, Peer(_gathering, read=0.5, inputs=0.5)),
+    SPARSELT: (FORMS["2:4"], Peer(_sparselt, read=9 / 16)),
+}
+
+
+# --- layers --------------------------------------------------------------------------------------
 
 
 class Layer:
@@ -148,36 +201,36 @@ class Layer:
 
     def __init__(self, side: Side, sets: Sets, m: int, setting: Setting) -> None:
         self.side = side
-        packer = shared_basis if side.name == TWICE else side.format or dense
+        packer, read, inputs = side.format or dense, 1.0, 1.0
+        if side.peer:
+            packer, read, inputs = side.peer.packer, side.peer.read, side.peer.inputs
         units = [[side.make(module, setting.device, setting.dtype) for module in modules] for modules in sets]
         self.packs: list[list[Packed]] = [[packer.encode(unit) for unit in row] for row in units]
-        self.xs = [torch.randn(m, row[0].k, device=setting.device).to(setting.dtype) for row in sets]
-        self.nbytes = sum(packer.traffic(packed, m).weight_bytes for row in self.packs for packed in row)
+        self.xs = [_rows(m, row[0].k, inputs, setting) for row in sets]
+        whole = sum(packer.traffic(packed, m).weight_bytes for row in self.packs for packed in row)
+        self.nbytes = int(whole * read)
 
     def calls(self) -> list[Call]:
         """One call for each set, on a fresh copy of the weights."""
         return [self._call(x, [_copy(packed) for packed in row]) for x, row in zip(self.xs, self.packs, strict=True)]
 
     def _call(self, x: torch.Tensor, row: list[Packed]) -> Call:
-        if self.side.name == TWICE:
-            pairs = [(p.tensors["basis"], p.tensors[f"coefficients.{next(iter(p.modules))}"]) for p in row]
-            return lambda: [F.linear(F.linear(x, basis), coefficients) for basis, coefficients in pairs]
-        if self.side.format is None:
-            weight = torch.cat([packed.tensors["weight"] for packed in row])
-            return lambda: F.linear(x, weight)
-        module = self.side.format
+        if self.side.peer:
+            return self.side.peer.call(x, row)
+        module = self.side.format or dense
         parts = _laid_out(module, row, x.device)
         if len(parts) == 1:
             return lambda: module.apply(x, *parts[0])
         return lambda: [module.apply(x, *part) for part in parts]
 
     def check(self) -> dict[str, float]:
-        """RMS errors against the unrounded result. Raises KernelError if ours is larger than plain torch's."""
+        """RMS errors against the unrounded result. Raises KernelError if a kernel's is larger than plain torch's."""
         ours = torch.cat([_flat(call()) for call in self.calls()])
         own, truth = (self._reference(wide) for wide in (False, True))
         errors = {"ours": _rms(ours - truth), "torch": _rms(own - truth) * self._excess()}
         slack = 1e-5 * max(1.0, truth.abs().max().item())
-        if self.side.format is not None and not errors["ours"] <= errors["torch"] + slack:
+        trusted = self.side.peer is not None and self.side.peer.torchs
+        if not trusted and not errors["ours"] <= errors["torch"] + slack:
             raise KernelError(f"{self.side.name}: our error is {errors['ours']:.3g}, torch's {errors['torch']:.3g}")
         return errors
 
@@ -198,6 +251,14 @@ class Layer:
         return torch.cat(results)
 
 
+def _rows(m: int, k: int, share: float, setting: Setting) -> torch.Tensor:
+    """x [m, k] of normal numbers, of which all but the largest `share` of each row are zero."""
+    x = torch.randn(m, k, device=setting.device)
+    if share < 1:
+        x[x.abs() <= x.abs().kthvalue(k - int(share * k), dim=1, keepdim=True).values] = 0
+    return x.to(setting.dtype)
+
+
 def _rms(error: torch.Tensor) -> float:
     return error.square().mean().sqrt().item()
 
@@ -216,49 +277,3 @@ def _laid_out(module: ModuleType, row: list[Packed], device: torch.device) -> li
     parts = [(module.prepare(packed, device), next(iter(packed.modules))) for packed in row]
     stacked = module.stack(parts) if len(parts) > 1 else None
     return parts if stacked is None else [(stacked, parts[0][1])]
-
-
-def measure_sets(sets: Sets, m: int, sides: Sequence[Side], setting: Setting, ceiling: float) -> list[dict[str, Any]]:
-    """One row a side: all sets together as one time, quartiles over rounds in which every side had its turn.
-
-    A side that is wrong or cannot run gets its error instead of a time.
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    runs: dict[str, Recorded] = {}
-    for side in sides:
-        rows[side.name] = {"side": side.name, "format": side.format.NAME if side.format else "torch", "m": m}
-        try:
-            layer = Layer(side, sets, m, setting)
-            rows[side.name] |= {"bytes": layer.nbytes, "error_rms": layer.check()}
-            runs[side.name] = _recorded(layer, setting)
-        except Exception as error:  # one broken kernel must not take the others' numbers along
-            rows[side.name] |= {"failed": f"{type(error).__name__}: {error}"[:500]}
-    seconds = in_turns(runs, setting.rounds)
-    for name, taken in seconds.items():
-        rows[name] |= _summary(rows[name]["bytes"], [s * len(sets) for s in taken], ceiling)
-    _compare(rows, seconds)
-    return list(rows.values())
-
-
-def _recorded(layer: Layer, setting: Setting) -> Recorded:
-    copies = [layer.calls() for _ in range(-(-setting.rotated // layer.nbytes))]
-    repeats = -(-setting.recorded // (layer.nbytes * len(copies)))
-    calls = [call for _ in range(repeats) for copy in copies for call in copy]
-    return Recorded(calls, setting.device, warm=len(layer.packs))
-
-
-def _summary(nbytes: int, seconds: list[float], ceiling: float) -> dict[str, Any]:
-    rate = nbytes / record.quartiles(seconds)[1] / 1e9
-    return {"time_us": microseconds(seconds), "gb_per_s": rate, "percent_of_ceiling": 100 * rate / ceiling}
-
-
-def _compare(rows: dict[str, dict[str, Any]], seconds: dict[str, list[float]]) -> None:
-    """Add to every row how many times as fast it is as the best dense path, and as cuBLAS: quartiles, pair by pair."""
-    dense_sides = [name for name in (TORCH, dense.NAME) if name in seconds]
-    if not dense_sides:
-        return
-    best = min(dense_sides, key=lambda name: record.quartiles(seconds[name])[1])
-    for name, taken in seconds.items():
-        rows[name] |= {"best_dense": best, "ratio": record.ratios(taken, seconds[best])}
-        if TORCH in seconds:
-            rows[name]["ratio_to_torch"] = record.ratios(taken, seconds[TORCH])

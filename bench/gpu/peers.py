@@ -1,4 +1,7 @@
-"""transformers with the same weights, eager and with a static cache under torch.compile, in turns with pared."""
+"""What others offer, in turns with pared: kernels on a layer's matrices, and transformers on a whole model.
+
+transformers has the same weights, eager and with a static cache under torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,32 @@ import torch
 
 from ... import families
 from ...errors import KernelError
+from ...kernels import dense
 from ...runtime.model import Projection
 from .. import record
+from . import ceilings
 from .decode import Subject, _apart, _wait
+from .layers import GATHER, SPARSELT, TORCH, TWICE, layer_of, sides_of
+from .measuring import measure_sets
 from .report import Part
 from .setting import Setting
 
 MODEL = "llama-3-8b"
 ROUNDS = 3
+
+
+def kernels(part: Part, setting: Setting) -> None:
+    """One token through each set of a layer: cuBLAS once and twice, a gathering GEMV, 2:4 where torch has cuSPARSELt.
+
+    What our formats make of the same sets is in the stage "kernels"; our dense is here to compare with.
+    """
+    ceiling = ceilings.ceiling(setting)
+    sparse = torch.backends.cusparselt.is_available()
+    part.note(model=MODEL, ceiling_gb_per_s=ceiling, cusparselt="here" if sparse else "absent")
+    sides = sides_of((TORCH, TWICE, GATHER, *((SPARSELT,) if sparse else ())), (dense,))
+    for modules in layer_of(setting.config(MODEL)):
+        for row in measure_sets([modules], 1, sides, setting, ceiling):
+            part.row(set="|".join(module.path.rpartition(".")[2] for module in modules), **row)
 
 
 def run(part: Part, setting: Setting) -> None:

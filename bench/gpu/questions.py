@@ -12,7 +12,8 @@ from ...errors import KernelError
 from ...kernels import tuning
 from .. import record
 from . import ceilings, triton_probes
-from .layers import TORCH, lone, measure_sets, sides_of
+from .layers import TORCH, lone, sides_of
+from .measuring import measure_sets
 from .report import Part
 from .setting import Setting
 from .timing import Recorded, in_turns, microseconds

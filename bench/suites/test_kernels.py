@@ -1,7 +1,8 @@
 """Every form of every format at 1 to 512 rows of a 7B model's feed-forward matrix, in turns with the best dense path.
 
-A new format appears here by itself. A case whose result is not as near to the unrounded one as plain torch's fails
-before anything is timed. Each timed call finds its weights in no cache.
+A new format appears here by itself; low rank as two of torch's products stands beside them. A case whose result is not
+as near to the unrounded one as plain torch's fails before anything is timed. Each timed call finds its weights in no
+cache.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from pared.bench import record
 from pared.bench.cpu_formats import ROWS
 from pared.bench.cpu_linear import LARGE, seconds_of
-from pared.bench.gpu.layers import TORCH, Layer, Side, format_sides, lone, sides_of
+from pared.bench.gpu.layers import TORCH, TWICE, Layer, Side, format_sides, lone, sides_of
 from pared.bench.gpu.setting import GROUP, Setting
 from pared.kernels import dense, formats
 
@@ -22,7 +23,7 @@ N, K = LARGE[0]
 ROUNDS = 9
 ON_CPU = Setting(False, torch.device("cpu"), torch.bfloat16, 1, 1, ROUNDS, context=0, tokens=0, rows=ROWS)
 BASELINES = sides_of((TORCH,), (dense,))
-SIDES = [side for module in formats.FORMATS for side in format_sides(module)]
+SIDES = [*(side for module in formats.FORMATS for side in format_sides(module)), *sides_of((TWICE,))]
 
 
 @pytest.mark.parametrize("m", ROWS)

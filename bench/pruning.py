@@ -65,24 +65,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", help=f"some of {', '.join(s.name for s in SETTINGS)}, separated by commas")
     wanted = chosen({setting.name: setting for setting in SETTINGS}, parser.parse_args().rows)
-    results = _table().load()
+    results = TABLE.load()
     if "dense" not in results["rows"]:
-        save(results, "dense", quality(fresh()))
+        TABLE.save(results, "dense", quality(fresh()))
     for setting in wanted:
         if setting.name not in results["rows"]:
-            save(results, setting.name, measure(setting))
+            TABLE.save(results, setting.name, measure(setting))
     print_table(TITLE, COLUMNS, table(results))
     print(PROTOCOL)
-    print("\n".join(order(results["rows"])))
-
-
-def save(results: dict[str, Any], name: str, row: dict[str, Any]) -> None:
-    """Add to a row, and write JSON and table."""
-    _table().save(results, name, row)
-
-
-def _table() -> Table:
-    return Table(RESULTS, TITLE, PROTOCOL, COLUMNS, table, lambda results: "\n".join(order(results["rows"])))
+    print("\n".join(order(results)))
 
 
 def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -99,9 +90,9 @@ def _perplexities(row: dict[str, Any]) -> Iterator[str]:
     return (f"{row['perplexity'][text]:.2f}" for text in TEXTS)
 
 
-def order(rows: dict[str, Any]) -> list[str]:
+def order(results: dict[str, Any]) -> list[str]:
     """Pattern by pattern, whether the papers' order holds: gblm at or below wanda, both far below magnitude."""
-    said = []
+    rows, said = results["rows"], []
     for pattern in PATTERNS:
         found = {method: rows[name]["perplexity"] for method in METHODS if (name := f"{method}-{pattern}") in rows}
         if len(found) < len(METHODS):
@@ -112,10 +103,13 @@ def order(rows: dict[str, Any]) -> list[str]:
             ratio = values[best] / values["wanda"]
             holds = "at or below wanda" if ratio <= 1 else "above wanda"
             said.append(
-                f"- {pattern}, {text}: {best} is {holds} ({ratio:.3f} of its perplexity), "
+                f"{pattern}, {text}: {best} is {holds} ({ratio:.3f} of its perplexity), "
                 f"magnitude at {values['magnitude'] / values['wanda']:.1f} times wanda's."
             )
     return said
+
+
+TABLE = Table(RESULTS, TITLE, PROTOCOL, COLUMNS, table, order)
 
 
 # --- measuring -----------------------------------------------------------------------------------

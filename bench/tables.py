@@ -15,9 +15,9 @@ Line = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Table:
-    """A table under bench/results.
+    """A table under bench/results. path: without suffix. lines: the rows that are there, as text under `columns`.
 
-    path: without suffix. lines: the rows that are there, as text under `columns`. after: a sentence under the table.
+    notes: what the rows say, in sentences under them.
     """
 
     path: Path
@@ -25,7 +25,7 @@ class Table:
     protocol: str
     columns: Line
     lines: Callable[[dict[str, Any]], list[Line]]
-    after: Callable[[dict[str, Any]], str] | None = None
+    notes: Callable[[dict[str, Any]], list[str]] = lambda _: []
 
     def load(self) -> dict[str, Any]:
         """What an earlier run with this protocol measured: {"protocol", "rows": {name: row}, ...}; or no rows."""
@@ -41,7 +41,6 @@ class Table:
         self.path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         lines = [self.columns, ("---:",) * len(self.columns), *self.lines(results)]
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        after = self.after(results) if self.after else ""
-        self.path.with_suffix(".md").write_text(
-            f"# {self.title}\n\n{self.protocol}\n\n{text}\n" + (after and f"\n{after}\n")
-        )
+        notes = "".join(f"\n- {note}" for note in self.notes(results))
+        page = f"# {self.title}\n\n{self.protocol}\n\n{text}\n" + (notes and f"{notes}\n")
+        self.path.with_suffix(".md").write_text(page)

@@ -360,8 +360,8 @@ def text(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("method", ["gblm:norm=l2", "wanda:pattern=2:4", "magnitude:pattern=4:8"])
 def test_the_folder_holds_the_pruned_model(tmp_path, text, name, method):
     src = tiny.checkpoint(tmp_path / "src", name)
-    given = "" if method.startswith("magnitude") else ",samples=20,length=16"
-    convert(src, tmp_path / "out", methods=[method + given], calibration=text, progress=False)
+    given, reads = ("", None) if method.startswith("magnitude") else (",samples=20,length=16", text)
+    convert(src, tmp_path / "out", methods=[method + given], calibration=reads, progress=False)
     model, (step,) = instantiate(open_source(src), torch.float32), recipe.parse([method + given])
     record = Record(tmp_path / "record")
     read = Calibration(tokenizer_of(open_source(src)), text.read_text(), text.name)
@@ -384,6 +384,35 @@ def test_only_methods_that_read_a_text_ask_for_one(tmp_path):
     convert(src, tmp_path / "out", methods=["magnitude:sparsity=0.25"], progress=False)
     with pytest.raises(BadParameter, match="wanda reads a text; give --calibration FILE"):
         convert(src, tmp_path / "other", methods=["magnitude", "wanda"], progress=False)
+
+
+def test_blocks_go_first_and_weights_then(tmp_path, text):
+    """A gradient file of the whole model serves the layers that are left."""
+    src, file = tiny.checkpoint(tmp_path / "src"), gradient_file(tmp_path / "gradients.pth")
+    methods = ["sleb:remove=0", f"gblm:pattern=2:4,samples=20,length=16,gradients={file}"]
+    convert(src, tmp_path / "out", methods=methods, calibration=text, progress=False)
+    decoder = load(tmp_path / "out", "cpu")
+    with open_folder(tmp_path / "out") as folder:
+        blocks, pruned = folder.manifest.provenance["methods"]
+        assert folder.config["num_hidden_layers"] == len(decoder.spec.layers) == 1
+    assert (blocks["name"], pruned["result"]["zeroed"]) == ("sleb", 0.5)
+
+
+def test_another_gradient_file_is_another_conversion(tmp_path, text, monkeypatch):
+    src, file = tiny.checkpoint(tmp_path / "src"), gradient_file(tmp_path / "gradients.pth")
+    methods = [f"gblm:samples=20,length=16,gradients={file}"]
+
+    def run(name: str) -> bytes:
+        convert(src, tmp_path / name, methods=methods, calibration=text, progress=False)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    first = run("first")
+    with monkeypatch.context() as patched:
+        patched.setattr(gblm, "apply", dying_after(0, gblm.apply))
+        with pytest.raises(Killed):
+            run("torn")
+    gradient_file(file, change=lambda stored: stored.update({key: g.flip(1) * 10 for key, g in stored.items()}))
+    assert run("torn") == run("whole") != first
 
 
 def test_a_killed_conversion_resumes_with_the_masks_that_are_there(tmp_path, text, monkeypatch):

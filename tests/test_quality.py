@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -59,14 +60,14 @@ def row(boolq: float, xsum: float) -> dict[str, object]:
     return {"perplexity": {"boolq": boolq, "xsum": xsum}, "zeroed": 0.5}
 
 
-def test_the_pruning_table_says_whether_the_papers_order_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(pruning, "RESULTS", tmp_path / "pruning")
-    results = {"protocol": pruning.PROTOCOL, "rows": {}}
-    pruning.save(results, "dense", row(20, 30))
+def test_the_pruning_table_says_whether_the_papers_order_holds(tmp_path):
+    table = replace(pruning.TABLE, path=tmp_path / "pruning")
+    results = table.load()
+    table.save(results, "dense", row(20, 30))
     rows = {"gblm-l1": row(38, 62), "gblm-l2": row(39, 61), "wanda": row(40, 60), "magnitude": row(400, 90)}
     for name, found in rows.items():
-        assert pruning.order(results["rows"]) == []
-        pruning.save(results, f"{name}-4:8", found)
+        assert pruning.order(results) == []
+        table.save(results, f"{name}-4:8", found)
     text = (tmp_path / "pruning.md").read_text().splitlines()
     assert text[-8:] == [
         "| dense | - | 0.0 % | 20.00 | 30.00 |",

@@ -6,6 +6,7 @@ largest for each character. Nothing is downloaded: a task brings its data by a f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ def multiple_choice(tasks: Sequence[str], folder: Path, limit: int | None = None
     Gives the accuracy under the task's name, and under "<task> norm" that of scores divided by characters.
     Raises BadParameter for a task that the folder lacks.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it advises on options of its own command line
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:

@@ -144,8 +144,7 @@ def _of(
             for m in rows:
                 x, what = torch.empty(m, k, dtype=dtype, device="meta"), samples.title(module, form)
                 yield Case(what, f"{n}x{k}", m, samples.applying(module, prepared, x))
-                for kind in samples.AROUNDS:
-                    call = samples.applying_around(module, prepared, x, kind)
+                for kind, call in samples.arounds(module, prepared, x).items():
                     yield Case(f"{what}, {kind}", f"{n}x{k}", m, call, optional=True)
 
 

@@ -92,9 +92,9 @@ def _calls(dtype: torch.dtype, device: str) -> Iterator[tuple[Callable[[], Any],
             for m in ROWS[device]:
                 x = torch.zeros(m, INPUTS, dtype=dtype, device=device)
                 yield samples.applying(module, prepared, x), m, module.NAME
-            for kind in samples.AROUNDS:
-                x = torch.zeros(1, INPUTS, dtype=dtype, device=device)
-                yield samples.applying_around(module, prepared, x, kind), 1, module.NAME
+            x = torch.zeros(1, INPUTS, dtype=dtype, device=device)
+            for call in samples.arounds(module, prepared, x).values():
+                yield call, 1, module.NAME
     for m in STEP_ROWS:
         for call in samples.steps(m, dtype, device).values():
             yield call, m, None
@@ -110,8 +110,8 @@ def _gpu_calls(dtype: torch.dtype) -> Iterator[tuple[Callable[[], Any], str | No
                 prepared = prepared_for_gpu(module, module.encode(unit))
                 x = torch.empty(m, INPUTS, dtype=dtype, device="meta")
                 yield samples.applying(module, prepared, x), module.NAME
-                for kind in samples.AROUNDS:
-                    yield samples.applying_around(module, prepared, x, kind), module.NAME
+                for around in samples.arounds(module, prepared, x).values():
+                    yield around, module.NAME
         for call in samples.steps(m, dtype, "meta").values():
             yield call, None
 

@@ -94,21 +94,22 @@ def around(kind: str, x: torch.Tensor, n: int) -> Around:
     return Around(residual=(random((m, n), x.dtype) * n**0.5).to(x.device))
 
 
-def gated(module: ModuleType, prepared: Prepared) -> Prepared:
-    """The sample twice, as gate and as up. Raises BadParameter where the format does not stack them."""
+def gated(module: ModuleType, prepared: Prepared) -> Prepared | None:
+    """The sample twice, as gate and as up; None where the format does not stack them."""
     stacked: Prepared | None = module.stack([(prepared, PATH)] * 2)
-    if stacked is None:
-        raise BadParameter(f"{module.NAME} does not stack two samples of one input, as gate | up are")
     return stacked
 
 
-def applying_around(
-    module: ModuleType, prepared: Prepared, x: torch.Tensor, kind: str
-) -> Callable[[], torch.Tensor | None]:
-    """`apply_around` of a sample on x [M, K], as a call without arguments."""
-    given = around(kind, x, prepared.outputs[PATH][0])
-    laid_out = gated(module, prepared) if kind == GATED else prepared
-    return lambda: module.apply_around(x, laid_out, PATH, given)
+def arounds(module: ModuleType, prepared: Prepared, x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor | None]]:
+    """`apply_around` of a sample on x [M, K] as calls without arguments, by kind; gated only where it stacks."""
+    (n,) = prepared.outputs[PATH]
+    forms = {GATED: gated(module, prepared), RESIDUAL: prepared}
+
+    def call(laid_out: Prepared, kind: str) -> Callable[[], torch.Tensor | None]:
+        given = around(kind, x, n)
+        return lambda: module.apply_around(x, laid_out, PATH, given)
+
+    return {kind: call(laid_out, kind) for kind, laid_out in forms.items() if laid_out}
 
 
 def title(module: ModuleType, form: str) -> str:

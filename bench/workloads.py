@@ -71,7 +71,7 @@ class FormatOnRows:
         x = torch.empty(self.m, self.k, dtype=DTYPE, device="meta")
         laid_out = [prepared_for_gpu(self._module, self._module.encode(unit)) for unit in self._units()]
         if self.around:
-            return [samples.applying_around(self._module, prepared, x, self.around) for prepared in laid_out]
+            return [samples.arounds(self._module, prepared, x)[self.around] for prepared in laid_out]
         return [samples.applying(self._module, prepared, x) for prepared in laid_out]
 
     def on(self, device: str, rotated: int) -> Ground:
@@ -98,7 +98,11 @@ class FormatOnRows:
     def _copied(self, packed: Packed, device: str) -> Prepared:
         tensors = {role: tensor.clone() for role, tensor in packed.tensors.items()}
         prepared: Prepared = self._module.prepare(dataclasses.replace(packed, tensors=tensors), device)
-        return samples.gated(self._module, prepared) if self.around == samples.GATED else prepared
+        if self.around != samples.GATED:
+            return prepared
+        stacked = samples.gated(self._module, prepared)
+        assert stacked is not None
+        return stacked
 
     def _call(self, x: torch.Tensor) -> Callable[[Prepared], torch.Tensor]:
         if not self.around:

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, families
-from .compact import CONFIG, Folder, UnitEntry, open_folder
+from .compact import CONFIG, Folder, UnitEntry, file_sha256, open_folder
 from .compact_writer import FolderWriter
 from .converters.pack import pack
 from .converters.sources.detect import open_source
@@ -64,7 +64,7 @@ def convert(
     measured = None if text is None else _text(Path(text))
     source = open_source(src)
     _refuse_same(Path(src), Path(dst))
-    key = _key(source.fingerprint, str(cast), format, max_shard_bytes, *methods, recipe.text)
+    key = _key(source.fingerprint, str(cast), format, max_shard_bytes, *methods, recipe.text, recipe.files)
     with FolderWriter(dst, resume_key=key, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         before = [_original(source, writer, cast, measured, progress)] if methods else []
         packed, dtype, done = recipe.run(source, cast, writer, progress)
@@ -78,11 +78,12 @@ def convert(
 
 @dataclass(frozen=True)
 class _Recipe:
-    """The methods of a conversion, and the calibration text that they read."""
+    """The methods of a conversion, and the calibration text that they read. files: digests of what else they read."""
 
     steps: Sequence[Any] = ()
     text: str = ""
     name: str = ""
+    files: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, methods: Sequence[str], calibration: str | Path | None) -> _Recipe:
@@ -98,7 +99,10 @@ class _Recipe:
             raise BadParameter(f"{readers[0]} reads a text; give --calibration FILE")
         if not readers and calibration is not None:
             raise BadParameter("no method of this recipe reads a calibration text; leave --calibration out")
-        return cls(steps) if calibration is None else cls(steps, _text(Path(calibration)), Path(calibration).name)
+        files = tuple(_digest(file) for step in steps for file in step.files)
+        if calibration is None:
+            return cls(steps, files=files)
+        return cls(steps, _text(Path(calibration)), Path(calibration).name, files)
 
     def run(
         self, source: Source, cast: torch.dtype | None, writer: FolderWriter, progress: bool
@@ -183,6 +187,13 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as wrong:
         raise BadParameter(f"the text {path} cannot be read ({wrong})") from None
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as wrong:
+        raise BadParameter(f"a method reads {path}, which cannot be read ({wrong.strerror})") from None
 
 
 def _refuse_same(src: Path, dst: Path) -> None:

@@ -84,7 +84,7 @@ def shortened(percent: int) -> dict[str, Any]:
     from ..converters.record import Record
 
     (step,) = recipe.parse([f"sleb:percent={percent},samples={SAMPLES},length={LENGTH}"])
-    model, found = quality.fresh(), Record(WORK / "sleb")
+    model, found = quality.fresh(), Record(WORK / f"sleb-{SAMPLES}x{LENGTH}")
     sleb.search(model, quality.calibration(), found, step.params)
     sleb.apply(model, found)
     return {**sleb.summary(found), "perplexity": quality.perplexity(model)}

@@ -63,6 +63,7 @@ class Pairs:
 def read_pairs(path: str | Path) -> Pairs:
     """A JSONL file of {"query", "positive", "negatives"?: [...], "instruction"?, "dataset"?}.
 
+    What lies in the Hugging Face library `datasets` comes to this form by its `to_json`.
     Raises SourceError naming the line that is not of this form or has an empty text.
     """
     try:

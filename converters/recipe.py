@@ -2,7 +2,8 @@
 
 A method is a module with NAME, a frozen dataclass `Params` whose LIMITS bound its numbers,
 search(model, calibration, record, params, progress), apply(model, record) and summary(record). Params may say what
-they read of the calibration: the `text` (so do those that say nothing), only the model's `tokens`, or `nothing`.
+they read of the calibration: the `text` (so do those that say nothing), only the model's `tokens`, or `nothing`; and
+name other `files` that they read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,6 +32,11 @@ class Step:
     def reads(self) -> str:
         """What `search` needs of the calibration: text, tokens (the tokenizer) or nothing."""
         return getattr(self.params, "reads", "text")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that the parameters name: with other contents it is another conversion."""
+        return getattr(self.params, "files", ())
 
 
 def parse(recipes: Sequence[str]) -> list[Step]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..embedding import FILE as EMBEDDING
 from ..errors import BadParameter, FolderDamaged
 from ..kernels import dispatch
 from ..spec import Spec
@@ -61,6 +62,10 @@ class LLM:
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
     ) -> None:
+        if (Path(path) / EMBEDDING).exists():
+            raise BadParameter(
+                f"{path} is a text encoder without a head: it gives vectors, and no next token; use Embedder"
+            )
         self.strict = strict
         self.model = load(path, device, dtype_of(dtype), int8_head)
         self.tokenizer = Tokenizer(path)

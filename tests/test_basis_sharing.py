@@ -349,7 +349,7 @@ def test_too_little_text_says_how_much_there_is(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("magic:ratio=3", "no method is called 'magic'; known are basis_sharing, recover"),
+        ("magic:ratio=3", "no method is called 'magic'; known are sleb, l3prune, "),
         ("basis_sharing:rate=3", "basis_sharing has no parameter 'rate'; it takes ratio, group, share"),
         ("basis_sharing:ratio", "basis_sharing has no parameter 'ratio'; it takes .* each as key=value"),
         ("basis_sharing:ratio=much", "basis_sharing: ratio=much is not a number"),

@@ -280,7 +280,7 @@ def test_a_model_type_that_pared_does_not_know(tmp_path, src):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ["magic:blocks=3"]}, "no method is called 'magic'; known are basis_sharing, recover"),
+        ({"methods": ["magic:blocks=3"]}, "no method is called 'magic'; known are sleb, l3prune, "),
         ({"methods": ["basis_sharing"]}, "basis_sharing reads a text; give --calibration FILE"),
         ({"calibration": "text.txt"}, "calibration is what methods read, and none is given"),
         ({"format": "zip"}, "no format is called 'zip'; known are dense, shared_basis"),

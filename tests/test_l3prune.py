@@ -13,6 +13,7 @@ import transformers
 
 from pared import families
 from pared.compact import open_folder
+from pared.compact_writer import FolderWriter
 from pared.convert import convert
 from pared.converters import pairs as reading
 from pared.converters import recipe, training
@@ -20,6 +21,7 @@ from pared.converters.methods import contrastive, l3prune
 from pared.converters.record import Record
 from pared.embedding import Embedding
 from pared.errors import BadParameter, SourceError
+from pared.runtime.llm import LLM
 from pared.tests import trained
 
 NORMS = {
@@ -188,6 +190,8 @@ def test_the_folder_is_a_stock_encoder(tmp_path, family):
         assert "lm_head.weight" not in folder.manifest.tensors
     embedding = Embedding.parse(json.loads((tmp_path / "out" / "embedding.json").read_text()))
     assert embedding == Embedding(max_length=64)
+    with pytest.raises(BadParameter, match="is a text encoder without a head"):
+        LLM(tmp_path / "out")
     again = convert(tmp_path / "out", tmp_path / "again", progress=False)
     assert again.rows and (tmp_path / "again" / "embedding.json").exists()
 
@@ -295,6 +299,26 @@ def test_depth_and_training_through_convert(tmp_path):
     assert pruned["result"]["pairs"] == taught["result"]["pairs"] == reading.read_pairs(file).sha256
     stock = transformers.AutoModel.from_pretrained(tmp_path / "out")
     assert torch.isfinite(stock(torch.tensor([[3, 4]])).last_hidden_state).all()
+
+
+def test_a_conversion_that_was_killed_begins_anew_with_other_pairs(tmp_path, monkeypatch):
+    src = trained.checkpoint(tmp_path / "src")
+    file = write_pairs(tmp_path / "pairs.jsonl", 24)
+    methods = ["l3prune:keep=3", f"contrastive:pairs={file},steps=3,warm_up=1,batch=6,r=2"]
+
+    def killed(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderWriter, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(src, tmp_path / "out", methods=methods, progress=False)
+    write_pairs(file, 30)
+    convert(src, tmp_path / "out", methods=methods, progress=False)
+    with open_folder(tmp_path / "out") as folder:
+        assert folder.manifest.provenance["methods"][1]["result"]["pairs"] == reading.read_pairs(file).sha256
+    with pytest.raises(BadParameter, match=r"a method reads .*none\.jsonl, which cannot be read"):
+        convert(src, tmp_path / "x", methods=[f"l3prune:choose=large,pairs={tmp_path / 'none.jsonl'}"], progress=False)
 
 
 def test_basis_sharing_of_an_encoder(tmp_path):

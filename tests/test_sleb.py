@@ -126,8 +126,8 @@ def brute_force_by_identity(model, windows, count, early, latter):
 def test_the_real_model(tmp_path, smollm2_hf, smollm2_tokenizer, real_prompts):
     calibration = Calibration(smollm2_tokenizer, "\n".join(real_prompts), "prompts")
     model = smollm2_hf.requires_grad_(False)
-    record = searched(model, tmp_path, "blocks=2,samples=1,length=40", calibration)
-    order, rounds = brute_force(model, "llama", calibration.windows(1, 40, 0), 2)
+    record = searched(model, tmp_path, "blocks=2,samples=1,length=16", calibration)
+    order, rounds = brute_force(model, "llama", calibration.windows(1, 16, 0), 2)
     assert record.facts("plan")["order"] == order
     assert list(record.facts("removal-001")["losses"].values()) == pytest.approx(list(rounds[1].values()), rel=1e-4)
 

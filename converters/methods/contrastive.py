@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +61,11 @@ class Params:
     def reads(self) -> str:
         """Pairs, tokenised; no text."""
         return "tokens"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The pairs."""
+        return (Path(self.pairs),)
 
 
 def search(

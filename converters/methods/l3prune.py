@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -69,6 +70,11 @@ class Params:
     def reads(self) -> str:
         """Only a choice by loss tokenises anything."""
         return "tokens" if self.choose else "nothing"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The pairs."""
+        return () if self.pairs is None else (Path(self.pairs),)
 
     @property
     def embedding(self) -> Embedding:

@@ -72,6 +72,11 @@ class Params:
         """Nothing where the list is given."""
         return "text" if self.remove is None else "nothing"
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The list, where it lies in a file."""
+        return () if self.remove is None or _is_list(self.remove) else (Path(self.remove),)
+
     def count(self, layers: int) -> int:
         """How many blocks to remove of so many. Raises BadParameter."""
         count = self.blocks if self.blocks is not None else math.ceil(layers * (self.percent or 0) / 100)
@@ -125,7 +130,7 @@ def removal_list(text: str, layers: int) -> list[int]:
     Raises BadParameter for anything else, for repeats, and for blocks that a model of so many layers has not.
     """
     content = text
-    if not re.fullmatch(r"[\s\[\],\d]*", text):
+    if not _is_list(text):
         try:
             content = Path(text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as wrong:
@@ -146,6 +151,11 @@ def removal_list(text: str, layers: int) -> list[int]:
     if len(order) == layers:
         raise BadParameter(f"remove={text} names all {layers} blocks; leave one at least")
     return order
+
+
+def _is_list(text: str) -> bool:
+    """Whether a removal list is given in words, not in a file."""
+    return re.fullmatch(r"[\s\[\],\d]*", text) is not None
 
 
 def _tokens(calibration: Calibration | None, params: Params) -> torch.Tensor:

@@ -333,11 +333,16 @@ def bench(
     ] = "transformers",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the JSON.")] = None,
 ) -> None:
-    """Measure prefill and decode against another engine or another folder, in turns."""
-    from .bench import end_to_end
+    """Measure prefill and decode against another engine or folder; encoders against sentence-transformers; in turns."""
+    from . import sentence_layout
+    from .bench import embed, end_to_end
 
-    result = end_to_end.compare(path, prompt_tokens, new_tokens, rounds, dtype and dtype.value, against)
-    print_table(end_to_end.title(result), end_to_end.columns(result), end_to_end.rows(result))
+    if sentence_layout.read(path):
+        result = embed.compare([path], rounds, dtype and dtype.value)
+        print_table(embed.title(result), embed.COLUMNS, embed.lines(result))
+    else:
+        result = end_to_end.compare(path, prompt_tokens, new_tokens, rounds, dtype and dtype.value, against)
+        print_table(end_to_end.title(result), end_to_end.columns(result), end_to_end.rows(result))
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

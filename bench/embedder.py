@@ -108,10 +108,11 @@ def by_depth() -> dict[str, Any]:
 def measured(name: str, curve: dict[str, Any]) -> dict[str, Any]:
     """The scores of a row; its folder is made where it is not there."""
     if name == MINILM:
-        return {"layers": 6, **retrieval.scores(retrieval.minilm_encode(data.minilm_path(), LENGTH))}
+        return {"layers": 6, **retrieval.scores(retrieval.sentence_encode(data.minilm_path(), LENGTH))}
     depth, _, when = name.partition("-")
     layers = curve[depth] if depth in curve else len(curve["loss"])
-    return {"layers": layers, **retrieval.scores(_encode(folder(layers, trained=when == "after")))}
+    path = folder(layers, trained=when == "after")
+    return {"layers": layers, **retrieval.scores(retrieval.pared_encode(path, LENGTH))}
 
 
 def folder(layers: int, trained: bool) -> Path:
@@ -128,18 +129,6 @@ def folder(layers: int, trained: bool) -> Path:
     if not path.exists():
         convert(data.gguf_path(), path, methods=methods, dtype="bfloat16")
     return path
-
-
-def _encode(path: Path) -> retrieval.Encode:
-    from dataclasses import replace
-
-    from ..converters.calibration import tokenizer_of
-    from ..converters.modelling import instantiate
-    from ..converters.sources.detect import open_source
-    from ..embedding import FILE, Embedding
-
-    source, embedding = open_source(path), Embedding.parse(json.loads((path / FILE).read_text()))
-    return retrieval.decoder_encode(instantiate(source), tokenizer_of(source), replace(embedding, max_length=LENGTH))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ class LLM:
         kv_cache_bytes: int | None = None,
     ) -> None:
         if (Path(path) / EMBEDDING).exists():
-            raise BadParameter(f"{path} is a text encoder without a head: it gives vectors, and no next token")
+            raise BadParameter(
+                f"{path} is a text encoder without a head: it gives vectors, and no next token; use Embedder"
+            )
         self.strict = strict
         self.model = load(path, device, dtype_of(dtype), int8_head)
         self.tokenizer = Tokenizer(path)

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "convert": {*CONTRACT, "kernels", "converters", "runtime", "evaluate"},
     "reports": {*CONTRACT, "kernels", "runtime"},
     "cli": {*CONTRACT, "reports", "kernels", "converters", "runtime", "evaluate", "convert", "bench"},
-    "bench": {*CONTRACT, "cli", "reports", "kernels", "converters", "runtime", "evaluate", "convert"},
+    "bench": {*CONTRACT, "cli", "hf", "reports", "kernels", "converters", "runtime", "evaluate", "convert"},
 }
 # Where a package that is heavy, optional or full of its own opinions may be imported.
 ONLY_IN = {

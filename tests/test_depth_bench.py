@@ -126,7 +126,7 @@ def test_depth_command(small, monkeypatch, capsys):
 
 
 def test_embedder_command(small, monkeypatch, capsys):
-    for name, value in {"STEPS": 4, "BATCH": 8, "CHOICE_BATCHES": 1, "BY_DEPTH": 20}.items():
+    for name, value in {"STEPS": 4, "BATCH": 8, "CHOICE_BATCHES": 1, "BY_DEPTH": 20, "LENGTH": 32}.items():
         monkeypatch.setattr(embedder, name, value)
     monkeypatch.setattr(retrieval, "QUERIES", {"boolq": 20})
     monkeypatch.setattr(sys, "argv", ["embedder", "--rows", "small-before,small-after"])

@@ -104,6 +104,24 @@ def test_a_basis_beside_dense_modules_is_recorded_too(tmp_path):
     assert all(step.replays for step in graphed._steps.values())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", ["bitmap", "two_four"])
+def test_sparse_modules_are_recorded_too(tmp_path, format, dtype):
+    model, of = random_model(VARIANTS["llama"]), 4 if format == "two_four" else 16
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.weight"):
+            chance = torch.rand(parameter.numel() // of, of, generator=torch.Generator().manual_seed(1))
+            parameter.data[(chance.argsort(dim=1) < of // 2).view_as(parameter)] = 0
+    model.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "out", progress=False, dtype=dtype)
+    decoder = load(tmp_path / "out", device="cpu")
+    assert {part.format for part, _ in decoder.weights.blocks[0].qkv.parts} == {format}
+    graphed, sizes = GraphedDecoder(decoder), [1] * STEPS + [2] * 4
+    with dispatch.strict():
+        assert same(decoded(graphed, sizes), decoded(decoder, sizes))
+    assert all(step.replays for step in graphed._steps.values())
+
+
 def test_a_step_with_foreign_parts_is_found_out_and_never_replayed(tmp_path, monkeypatch):
     decoder = decoder_of("llama", tmp_path)
     head = decoder.weights.head

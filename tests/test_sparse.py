@@ -16,6 +16,7 @@ from pared.kernels import bitmap, masked, two_four
 from pared.kernels.native import library
 from pared.kernels.native.tape import Tape
 from pared.kernels.unit import Packed, Unit
+from pared.runtime import graphs
 from pared.tests.test_native import NATIVE, dtype, level, poisoned, random
 from pared.tests.truth import assert_as_good
 
@@ -311,8 +312,16 @@ def test_a_tape_plays_sparse_calls(level: str) -> None:
 
 
 @native
+@level
 @dtype
-@pytest.mark.parametrize("m", [100, 300])
+def test_whatever_a_step_may_record_is_native(level: str, dtype: torch.dtype) -> None:
+    at = NATIVE.at(level)
+    assert at.sparse_rows(dtype) >= min(graphs.LARGEST, at.linear_rows(dtype, 1))
+
+
+@native
+@dtype
+@pytest.mark.parametrize("m", [600])
 def test_many_rows_meet_a_weight_that_is_made_dense_part_by_part(dtype: torch.dtype, m: int, monkeypatch) -> None:
     monkeypatch.setattr(masked, "SPREAD_BYTES", 40 * 130 * dtype.itemsize)
     weight, bias = weight_of("half", 130, 130, dtype), random(130, dtype=dtype, seed=1)

@@ -72,13 +72,14 @@ _SHALLOW_INPUTS, _SHALLOW_ROWS = 2048, 32
 # int8 rows have no dot product of their own: each weight is widened, and arithmetic soon outweighs the bytes saved.
 _INT8_ROWS = {"scalar": 0, "avx2": 4, "avx512": 16, "avx512_bf16": 16, "amx": 16}
 
-# sparse_linear against `spread` and F.linear by parts of W: bf16 expands in the registers that multiply it.
+# sparse_linear against `spread` and F.linear by parts of W. As many rows as a recorded step may have, at least: what
+# goes through F.linear cannot be recorded. AMX shares the panels of W that it expands among 512 rows.
 _SPARSE_ROWS = {
     "scalar": {torch.bfloat16: 0, torch.float16: 0, torch.float32: 0},
-    "avx2": {torch.bfloat16: 4, torch.float16: 4, torch.float32: 4},
-    "avx512": {torch.bfloat16: 8, torch.float16: 8, torch.float32: 8},
-    "avx512_bf16": {torch.bfloat16: 16, torch.float16: 8, torch.float32: 8},
-    "amx": {torch.bfloat16: 512, torch.float16: 4, torch.float32: 8},
+    "avx2": {torch.bfloat16: 8, torch.float16: 8, torch.float32: 8},
+    "avx512": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16},
+    "avx512_bf16": {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16},
+    "amx": {torch.bfloat16: 512, torch.float16: 4, torch.float32: 16},
 }
 
 # basis_linear against two F.linears a part, whose gather and whose z go through memory.

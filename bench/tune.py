@@ -40,10 +40,14 @@ SERVED = {
     "GEMM": ("dense", "shared_basis"),  # whose second launch takes its tiles from here as well
     "BASIS_GEMV": ("shared_basis",),
     "BASIS_GEMM": ("shared_basis",),
+    "TWO_FOUR_GEMV": ("two_four",),
+    "ELL_GEMV": ("bitmap",),
+    "SPARSE_GEMM": ("bitmap", "two_four"),
+    "SPREAD": ("bitmap", "two_four"),
 }
 """Tables of kernels/tuning.py, and the formats whose launches look into them."""
 TABLES = (*SERVED, "ATTENTION")
-ONE_TILE = ("GEMV",)
+ONE_TILE = ("GEMV", "TWO_FOUR_GEMV", "ELL_GEMV", "SPREAD")
 """Tables that hold a tile for a target; the others hold a tuple of them, one a slot."""
 
 
@@ -84,6 +88,10 @@ def space(table: str) -> list[tuple[Tile, ...]]:
         "GEMM": [tiles(m, (32, 64, 128), (64, 128), (4, 8), (2, 3, 4, 5)) for m in (16, 32, 64, 128)],
         "BASIS_GEMV": [tuple(filter(streams, tiles(1, (n,), gemv, (4, 8), (1,)))) for n in (16, 8, 4)],
         "BASIS_GEMM": [tiles(m, (32, 64), (64, 128), (4, 8), (2, 3, 4)) for m in (16, 64)],
+        "TWO_FOUR_GEMV": [tiles(1, (16, 32, 64), (1024, 2048), (4, 8), (1,))],
+        "ELL_GEMV": [tiles(1, (32,), (0,), (4, 8, 16, 32), (1,))],
+        "SPARSE_GEMM": [tiles(m, (32, 64, 128), (64, 128), (4, 8), (2, 3)) for m in (16, 64)],
+        "SPREAD": [tiles(512, (8, 16, 32), (128, 256, 512), (4, 8), (1,))],
         "ATTENTION": [tiles(m, (32, 64, 128), (0,), (4, 8), (1, 2, 3)) for m in (16, 64)],
     }[table]
 

@@ -53,8 +53,8 @@ STAGES = {
     "compile": Stage(45, "kernels", "compile_all"),
     "kernels": Stage(45, "kernels", "table"),
     "sweep": Stage(45, "kernels", "sweep"),
-    "decode-llama-3-8b": Stage(60, "decode", "run", ("llama-3-8b",)),
-    "decode-llama-2-7b": Stage(55, "decode", "run", ("llama-2-7b",)),
+    "decode-llama-3-8b": Stage(75, "decode", "run", ("llama-3-8b",)),
+    "decode-llama-2-7b": Stage(40, "decode", "run", ("llama-2-7b",)),
     "peers": Stage(60, "peers", "run"),
 }
 """In the order of what is worth most if the rest is cut off; the budgets together stay below nine minutes."""

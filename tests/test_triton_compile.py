@@ -316,6 +316,7 @@ def test_two_four_streams_values_in_16_byte_loads(built):
         kernel = reports[name][0]
         least = 8 if target == "gfx942" else 16
         assert kernel.wide_loads >= least, (name, kernel)
+        assert kernel.count("ACQBULK") == (target in ("sm_90", "sm_100")), name  # waits for the kernel ahead of it
         if "around" not in name:
             assert kernel.narrow_loads == 0, (name, kernel)
             assert kernel.bytes_an_instruction >= (0.15 if target == "gfx942" else 0.3), (name, kernel)
@@ -330,6 +331,7 @@ def test_rows_in_step_take_values_16_bytes_at_once_and_no_counting(built):
         walks = 2 if "gate|up" in name else 1
         assert kernel.wide_loads == 4 * walks, (name, kernel)  # a run of 32 values
         assert kernel.count("POPC|v_bcnt") == 0
+        assert kernel.count("ACQBULK") == (target in ("sm_90", "sm_100")), name
         if target != "gfx942" and "around" not in name:
             assert kernel.loop.total() / 32 <= 13, (name, kernel)  # instructions a value, 6.5 a weight
             assert kernel.registers <= 64

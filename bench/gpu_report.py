@@ -53,8 +53,8 @@ STAGES = {
     "compile": Stage(40, "kernels", "compile_all"),
     "kernels": Stage(45, "kernels", "table"),
     "sweep": Stage(40, "kernels", "sweep"),
-    "decode-llama-3-8b": Stage(60, "decode", "run", ("llama-3-8b",)),
-    "decode-llama-2-7b": Stage(55, "decode", "run", ("llama-2-7b",)),
+    "decode-llama-3-8b": Stage(75, "decode", "run", ("llama-3-8b",)),
+    "decode-llama-2-7b": Stage(40, "decode", "run", ("llama-2-7b",)),
     "peer-kernels": Stage(18, "peers", "kernels", probes=True),
     "peers": Stage(60, "peers", "run"),
 }

@@ -6,6 +6,7 @@ A format needs an entry in SAMPLES only where a random linear layer is not what 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from ..converters.low_rank import rank
 from ..errors import BadParameter
-from ..kernels import attention, decode, dense, formats, fused, int8, shared_basis
+from ..kernels import attention, bitmap, decode, dense, formats, fused, int8, shared_basis, two_four
 from ..kernels.unit import Around, Prepared, Unit
 
 PATH = "m"
@@ -55,9 +56,32 @@ def pivoted(n: int, k: int, dtype: torch.dtype) -> Unit:
     return Unit({PATH: (n, k)}, tensors | {"pivots": (torch.arange(r) * k // r).int()})
 
 
+def two_of_four(n: int, k: int, dtype: torch.dtype) -> Unit:
+    """A linear layer with the two smaller of every four weights zero. K a multiple of 4."""
+    weight = random((n, k), dtype)
+    groups = weight.view(-1, 4)[: 1 << 18]
+    dropped = groups.abs().float().topk(2, dim=1, largest=False).indices
+    mask = torch.ones_like(groups, dtype=torch.bool).scatter_(1, dropped, False).flatten()
+    kept = mask.repeat(-(-weight.numel() // len(mask)))[: weight.numel()].view(n, k)
+    return Unit({PATH: (n, k)}, {"weight": weight.where(kept, 0)})
+
+
+def half_zero(n: int, k: int, dtype: torch.dtype, even: bool = True) -> Unit:
+    """A linear layer with half of its weights zero: half of every row, or of some rows none."""
+    weight = random((n, k), dtype)
+    rows = min(n, 256)
+    kept = torch.rand(rows, k, generator=torch.Generator().manual_seed(1)).argsort(dim=1) < k // 2
+    kept = kept.repeat(-(-n // rows), 1)[:n]
+    if not even:
+        kept[n // 2 :: 8] = True
+    return Unit({PATH: (n, k)}, {"weight": weight.where(kept, 0)})
+
+
 SAMPLES: dict[str, dict[str, Callable[[int, int, torch.dtype], Unit]]] = {
     dense.NAME: {"": linear},
     shared_basis.NAME: {"factored": factored, "pivoted": pivoted},
+    two_four.NAME: {"": two_of_four},
+    bitmap.NAME: {"odd rows": partial(half_zero, even=False), "even rows": half_zero},
     int8.NAME: {"": lambda n, k, dtype: int8.quantize(linear(n, k, dtype))},
 }
 """Format -> form -> how to make a unit [n, k] of a dtype that serves PATH."""

@@ -41,6 +41,10 @@ SERVED = {
     "WHOLE_GEMM": tuple(("dense", kind) for kind in samples.AROUNDS),
     "BASIS_GEMV": (("shared_basis", ""),),
     "BASIS_GEMM": (("shared_basis", ""),),
+    "TWO_FOUR_GEMV": (("two_four", ""),),
+    "ELL_GEMV": (("bitmap", ""),),
+    "SPARSE_GEMM": (("bitmap", ""), ("two_four", "")),
+    "SPREAD": (("bitmap", ""), ("two_four", "")),
 }
 """Tables of kernels/tuning.py, and (format, what stands around it) of the launches that look into them."""
 ATTENDING: dict[str, tuple[Workload, ...]] = {
@@ -49,7 +53,7 @@ ATTENDING: dict[str, tuple[Workload, ...]] = {
 }
 """Tables without a matrix: for each slot the workload."""
 TABLES = (*SERVED, *ATTENDING)
-ONE_TILE = ("GEMV", "DECODE")
+ONE_TILE = ("GEMV", "DECODE", "TWO_FOUR_GEMV", "ELL_GEMV", "SPREAD")
 """Tables that hold a tile for a target; the others hold a tuple of them, one a slot."""
 
 
@@ -93,6 +97,10 @@ def space(table: str) -> list[tuple[Tile, ...]]:
         ],
         "BASIS_GEMV": [tuple(filter(streams, tiles(1, (n,), gemv, (4, 8), (1,)))) for n in (16, 8, 4)],
         "BASIS_GEMM": [tiles(m, (32, 64), (64, 128), (4, 8), (2, 3, 4)) for m in (16, 64)],
+        "TWO_FOUR_GEMV": [tiles(1, (16, 32, 64), (1024, 2048), (4, 8), (1,))],
+        "ELL_GEMV": [tiles(1, (32,), (0,), (4, 8, 16, 32), (1,))],
+        "SPARSE_GEMM": [tiles(m, (32, 64, 128), (64, 128), (4, 8), (2, 3)) for m in (16, 64)],
+        "SPREAD": [tiles(512, (8, 16, 32), (128, 256, 512), (4, 8), (1,))],
         "ATTENTION": [tiles(m, (32, 64, 128), (0,), (4, 8), (1, 2, 3)) for m in (16, 64)],
         "DECODE": [tiles(16, (16, 32, 64, 128), (0,), (2, 4, 8), (1, 2, 3))],
     }[table]

@@ -16,14 +16,15 @@ bitmap:
     values  value j of row n lies at starts[n] + j + (j // RUN) * jump
     starts  int32 [N], int64 where there are 2^31 values and more
 
-Where rows keep nearly equally many, a row is also walked without counting bits (row-lane ELL: performance is told in
-triton_ell.py). Values then lie run by run: the first RUN of every row, the next RUN of every row; short rows end in
+Where rows keep nearly equally many, a row is also walked without counting bits (row-lane ELL, triton_bitmap.py).
+Values then lie run by run: the first RUN of every row, the next RUN of every row; short rows end in
 zeros. Beside them:
 
     steps   int32 [units, N]    4 bits for each of 8 values: columns from the one before. 12.5 % of dense at half
     columns int32 [checks, N]   the column that value j of a row counts from, every CHECK values
 
-A gap above 15 columns is bridged by a zero that is stored. One token then reads 62.5 % of dense, several read 57 %.
+A gap above 15 columns is bridged by a zero that is stored. Of 16-bit weights that keep half, one token then reads
+63 to 65 % of dense bytes, several read 58 to 59 %, and all that lies in memory is 71 to 73 %.
 """
 
 from __future__ import annotations

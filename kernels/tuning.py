@@ -91,9 +91,13 @@ TWO_FOUR_GEMV = {
     "interpret": Tile(1, 256, 2048, warps=1, stages=1),
 }
 
-# bitmap at M = 1, rows walked in step: n rows, a warp for each share of a row's values; and by their bits.
-ELL_GEMV = {"default": Tile(1, 32, 0, warps=16, stages=1), "interpret": Tile(1, 256, 0, warps=4, stages=1)}
-BITMAP_GEMV = {"default": Tile(1, 8, 256, warps=4, stages=1), "interpret": Tile(1, 256, 512, warps=1, stages=1)}
+# bitmap at M = 1, rows walked in step: n rows, and a warp for each share of a row's values.
+# Neighbouring threads have neighbouring rows, as many as a warp has threads.
+ELL_GEMV = {
+    "default": Tile(1, 32, 0, warps=16, stages=1),
+    "gfx942": Tile(1, 64, 0, warps=8, stages=1),
+    "interpret": Tile(1, 256, 0, warps=4, stages=1),
+}
 
 # Sparse formats at M > 1: tiles made dense in registers, which cost a program more the fewer rows share them.
 SPARSE_GEMM: dict[str, tuple[Tile, ...]] = {
@@ -101,7 +105,9 @@ SPARSE_GEMM: dict[str, tuple[Tile, ...]] = {
     "sm_100": (Tile(16, 32, 128, warps=4, stages=2), Tile(64, 64, 64, warps=4, stages=2)),
     "interpret": (Tile(16, 256, 512, warps=1, stages=1), Tile(64, 256, 512, warps=1, stages=1)),
 }
-SPREAD = {"default": Tile(0, 16, 256, warps=4, stages=1), "interpret": Tile(0, 256, 512, warps=1, stages=1)}
+
+# The whole weight made dense in memory, for so many rows as m says or more; bitmap's odd rows at M = 1 as well.
+SPREAD = {"default": Tile(512, 16, 256, warps=4, stages=1), "interpret": Tile(512, 256, 512, warps=1, stages=1)}
 
 EXPANDED_ROWS = {"default": 256, "interpret": 64}
 """Rows up to which sparse tiles are made dense in registers, once for each tile of rows; above, the weight is made
@@ -198,7 +204,7 @@ def two_four_tile(name: str, gated: bool) -> Tile:
 
 def bitmap_tile(name: str, gated: bool) -> Tile:
     """The launch of M = 1 of bitmap by its bits; gate and up share its n."""
-    tile = BITMAP_GEMV.get(name, BITMAP_GEMV["default"])
+    tile = SPREAD.get(name, SPREAD["default"])
     return tile._replace(n=tile.n // 2) if gated else tile
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pared.kernels import attention, decode, triton_attention, triton_basis, triton_dense, tuning
+from pared.kernels import attention, bitmap, decode, triton_attention, triton_basis, triton_dense, tuning, two_four
 from pared.kernels.around import reference
 from pared.kernels.shared_basis import ALIGN
-from pared.kernels.unit import Around
+from pared.kernels.unit import Around, Prepared, Unit
 from pared.tests.test_attention import STEPS, Case, arguments, check_step, definition, step_arguments, torch_own
 from pared.tests.truth import assert_as_good, poisoned
 
@@ -135,3 +135,50 @@ def test_a_basis_and_what_stands_around_it(rows):
 
     own = reference(x, lambda x: linear(x, torch.float32), around)
     assert_as_good(y, own, reference(x, lambda x: linear(x, torch.float64), around))
+
+
+def zeros_in(n: int, k: int, pattern: str) -> tuple[torch.Tensor, Prepared, object]:
+    """A weight of half zeros, its layout for a GPU, and the format. pattern: 2:4, even rows or odd ones."""
+    if tuning.target() == "gfx942":
+        pytest.skip("sparse formats have the same tiles, or wider ones")
+    order = torch.rand(n, k // 4, 4).argsort(dim=2).flatten(1) if pattern == "2:4" else torch.rand(n, k).argsort(dim=1)
+    weight = torch.randn(n, k) * k**-0.5
+    weight[order >= (2 if pattern == "2:4" else k // 2)] = 0
+    if pattern == "odd rows":
+        weight[: n // 4] = 0
+    module = two_four if pattern == "2:4" else bitmap
+    prepared = module.prepare(module.encode(Unit({"m": (n, k)}, {"weight": weight, "bias": torch.randn(n)})), "cpu")
+    assert pattern == "2:4" or (prepared.tensors[4] is not None) == (pattern == "even rows")
+    return weight, prepared, module
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 37, 1048), (1, 5, 4200), (3, 33, 600), (16, 40, 152), (20, 33, 72)], ids=str
+)
+@pytest.mark.parametrize("pattern", ["2:4", "even rows", "odd rows"])
+def test_sparse_linear(rows, n, k, pattern):
+    """Long K are cut where grids are small; beyond 16 rows fp32 has the whole weight made dense."""
+    weight, prepared, module = zeros_in(n, k, pattern)
+    x, bias = torch.randn(rows, k), prepared.tensors[-1]
+    with poisoned():
+        y = module.apply(x, prepared, "m")
+        again = module.apply(x, prepared, "m")
+    truth = x.double() @ weight.double().t() + bias.double()
+    assert_as_good(y, torch.nn.functional.linear(x, weight, bias), truth)
+    assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("pattern", ["2:4", "even rows", "odd rows"])
+def test_a_sparse_linear_and_what_stands_around_it(rows, pattern):
+    weight, prepared, module = zeros_in(66, 300, pattern)
+    x, residual, bias = torch.randn(rows, 300), torch.randn(rows, 33), prepared.tensors[-1]
+    around = Around(torch.rand(300) + 0.5, 1e-5, "gelu", residual)
+    with poisoned():
+        y = module.apply_around(x, prepared, "m", around)
+    wide = Around(around.norm.double(), 1e-5, "gelu", residual.double())
+    assert_as_good(
+        y,
+        reference(x, lambda x: torch.nn.functional.linear(x, weight, bias), around),
+        reference(x, lambda x: x.double() @ weight.double().t() + bias.double(), wide).double(),
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pared.convert import convert
-from pared.kernels import attention, decode, dense, dispatch, formats, shared_basis
+from pared.kernels import attention, bitmap, decode, dense, dispatch, formats, shared_basis, two_four
 from pared.kernels.around import reference
 from pared.kernels.unit import Around, Unit
 from pared.runtime import graphs
@@ -222,3 +222,28 @@ def test_the_second_launch_of_a_basis_waits_for_the_first(rows):
     for _ in range(20):
         together = [shared_basis.apply(x, stacked, "m0") for x in inputs]
         assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "even rows"])
+def test_a_sparse_kernel_waits_for_the_one_ahead_of_it(pattern):
+    """It begins before that has ended; one that read x too early would differ from one alone."""
+    weight = torch.randn(1024, 1024)
+    order = weight.abs().view(1024, -1, 4 if pattern == "2:4" else 1024)
+    dropped = order.topk(order.shape[2] // 2, dim=2, largest=False).indices
+    weight = weight.view_as(order).scatter(2, dropped, 0).view(1024, 1024).bfloat16() / 32
+    module = two_four if pattern == "2:4" else bitmap
+    prepared = module.prepare(module.encode(Unit({"m": (1024, 1024)}, {"weight": weight})), DEVICE)
+    around = Around(torch.ones(1024, device=DEVICE), 1e-5)
+    first = torch.randn(1, 1024, device=DEVICE).bfloat16()
+
+    def chain(wait: bool) -> list[torch.Tensor]:
+        xs = [first]
+        for _ in range(30):
+            xs.append(module.apply_around(xs[-1], prepared, "m", around))
+            if wait:
+                torch.cuda.synchronize()
+        return xs
+
+    alone = chain(wait=True)
+    for _ in range(20):
+        assert all(torch.equal(one, other) for one, other in zip(alone, chain(wait=False), strict=True))

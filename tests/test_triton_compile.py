@@ -12,7 +12,17 @@ pytest.importorskip("triton", reason="triton is not installed")
 import torch
 
 from pared.bench.compile_only import SHARED_MEMORY, TARGETS, Report, compile_only, report
-from pared.kernels import triton_attention, triton_basis, triton_decode, triton_dense, triton_fused, triton_int8
+from pared.kernels import (
+    sparse_layout,
+    triton_attention,
+    triton_basis,
+    triton_bitmap,
+    triton_decode,
+    triton_dense,
+    triton_fused,
+    triton_int8,
+    triton_two_four,
+)
 from pared.kernels.dense import GPU_ROWS
 from pared.kernels.shared_basis import ALIGN
 from pared.kernels.unit import Around
@@ -117,6 +127,40 @@ def int8_head(rows: int) -> None:
     triton_int8.int8_linear(meta(rows, 4096), weight, scale, None, True)
 
 
+def laid_two_four(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    return meta(n, sparse_layout.PLANES, k // 32, dtype=dtype), meta(n, k // 32, dtype=torch.int32)
+
+
+def laid_bitmap(rows: int, n: int, k: int, in_step: bool = True) -> list[torch.Tensor]:
+    """What a product of so many rows reads, half of every row kept."""
+    values, words = meta(n * k // 2), k // sparse_layout.BITS
+    if rows == 1 and in_step:
+        checks = -(-k // 2 // sparse_layout.CHECK)
+        steps = meta(k // 2 // sparse_layout.UNIT, n, dtype=torch.int32)
+        return [values, steps, meta(checks, n, dtype=torch.int32)]
+    bits, ahead = meta(n, words, dtype=torch.int64), meta(n, words, dtype=torch.int16)
+    return [values, bits, ahead, meta(n, dtype=torch.int32)]
+
+
+def sparse(rows: int, k: int, n: int, form: str, around: Around | None = None) -> None:
+    x = meta(rows, k)
+    if form == "2:4":
+        triton_two_four.two_four_linear(x, *laid_two_four(n, k), None, around=around)
+        return
+    laid = laid_bitmap(rows, n, k, in_step=form == "even rows")
+    jump = sparse_layout.RUN * (n - 1) if form == "even rows" else 0
+    triton_bitmap.bitmap_linear(x, laid, None, (n, k, jump), around=around)
+
+
+def sparse_around(kind: str, rows: int, k: int, n: int, form: str) -> None:
+    sparse(rows, k, n, form, around(kind, rows, n, k))
+
+
+def two_four_fp32(rows: int) -> None:
+    laid = laid_two_four(4096, 4096, torch.float32)
+    triton_two_four.two_four_linear(meta(rows, 4096, dtype=torch.float32), *laid, None)
+
+
 def norms() -> None:
     x, weight = meta(4, 4096), meta(4096, dtype=torch.float32)
     triton_fused.add_rms_norm(x, x, weight, 1e-5)
@@ -143,6 +187,21 @@ LAUNCHES = {
     **{f"basis 1, {name}": functools.partial(basis, 1, *shape) for name, shape in BASES.items()},
     "int8 head 1": lambda: int8_head(1),
     "int8 head 8": lambda: int8_head(8),
+    "two_four fp32 1": lambda: two_four_fp32(1),
+    "two_four fp32 8": lambda: two_four_fp32(8),
+    **{
+        f"sparse {rows}, {form} {k}": functools.partial(sparse, rows, k, 4096, form)
+        for rows, k in ((1, 4096), (1, 11008), (8, 4096), (64, 4096), (512, 4096))
+        for form in ("2:4", "even rows")
+    },
+    "sparse 1, odd rows 4096": lambda: sparse(1, 4096, 4096, "odd rows"),
+    **{
+        f"around sparse {rows}, {form} {kind}": functools.partial(
+            sparse_around, kind, rows, *LINEARS["llama-2-7b"][kind], form
+        )
+        for rows, kind in ((1, "q|k|v"), (1, "gate|up"), (1, "down"), (8, "gate|up"), (64, "gate|up"))
+        for form in ("2:4", "even rows")
+    },
     "decode 1": lambda: decode(1, 32, 32, 64),
     "decode 1, grouped": lambda: decode(1, 32, 8, 64),
     "decode 8, grouped, long": lambda: decode(8, 32, 8, 4096),
@@ -221,8 +280,12 @@ def test_what_stands_around_takes_no_launch(built):
     for name, kernels in reports.items():
         if name.startswith("around"):
             kind = "gemv" if name.split(",")[0].endswith(" 1") else "gemm"
-            both = [f"_basis_{kind}", f"_coefficients_{kind}"]
-            assert [kernel.name for kernel in kernels] == (both if "basis" in name else [f"_{kind}"]), name
+            wanted = [f"_{kind}"]
+            if "basis" in name:
+                wanted = [f"_basis_{kind}", f"_coefficients_{kind}"]
+            elif "sparse 1," in name:
+                wanted = ["_two_four_gemv" if "2:4" in name else "_ell_gemv"]
+            assert [kernel.name for kernel in kernels] == wanted, name
 
 
 def test_a_linear_streams_weights_as_before_with_what_stands_around_it(built):
@@ -234,7 +297,7 @@ def test_a_linear_streams_weights_as_before_with_what_stands_around_it(built):
             continue
         assert kernel.count(r"LDG\.E\.EF\.128") >= 4, name
         assert kernel.registers <= 80, name
-    for name in (name for name in reports if name.startswith("around")):
+    for name in (name for name in reports if name.startswith("around") and "sparse" not in name):
         for kernel in reports[name]:
             assert kernel.bytes_an_instruction >= 0.1, (name, kernel)  # below, it waits for itself
 
@@ -244,6 +307,44 @@ def test_a_decode_step_attends_in_two_launches_or_one(built):
     for name in (name for name in reports if name.startswith("decode ")):
         names = ["_attend_split"] if "one split" in name else ["_attend_split", "_merge"]
         assert [kernel.name for kernel in reports[name]] == names, name
+
+
+def test_two_four_streams_values_in_16_byte_loads(built):
+    """A thread makes 128 weights' worth a turn of its loop, at six instructions each or fewer."""
+    target, reports = built
+    for name in (name for name in reports if "sparse 1, 2:4" in name):
+        kernel = reports[name][0]
+        least = 8 if target == "gfx942" else 16
+        assert kernel.wide_loads >= least, (name, kernel)
+        assert kernel.count("ACQBULK") == (target in ("sm_90", "sm_100")), name  # waits for the kernel ahead of it
+        if "around" not in name:
+            assert kernel.narrow_loads == 0, (name, kernel)
+            assert kernel.bytes_an_instruction >= (0.15 if target == "gfx942" else 0.3), (name, kernel)
+            assert target == "gfx942" or kernel.loop.total() / 128 <= 6, (name, kernel)
+
+
+def test_rows_in_step_take_values_16_bytes_at_once_and_no_counting(built):
+    """Two integer instructions and an address a value; each needs its x, so that narrow loads are one a value."""
+    target, reports = built
+    for name in (name for name in reports if "sparse 1, even rows" in name):
+        kernel = reports[name][0]
+        walks = 2 if "gate|up" in name else 1
+        assert kernel.wide_loads == 4 * walks, (name, kernel)  # a run of 32 values
+        assert kernel.count("POPC|v_bcnt") == 0
+        assert kernel.count("ACQBULK") == (target in ("sm_90", "sm_100")), name
+        if target != "gfx942" and "around" not in name:
+            assert kernel.loop.total() / 32 <= 13, (name, kernel)  # instructions a value, 6.5 a weight
+            assert kernel.registers <= 64
+
+
+def test_sparse_tiles_go_through_tensor_cores_up_to_a_threshold(built):
+    target, reports = built
+    for form in ("2:4", "even rows"):
+        assert reports[f"sparse 512, {form} 4096"][0].name == "_spread"
+        assert reports[f"sparse 64, {form} 4096"][0].name == "_gemm"
+        assert reports[f"sparse 64, {form} 4096"][0].count(TENSOR_CORES[target]) > 0
+        if target != "sm_100":
+            assert reports[f"sparse 8, {form} 4096"][0].count("HMMA|v_mfma") > 0
 
 
 def test_a_basis_takes_two_launches_for_all_that_is_stacked(built):

@@ -1,4 +1,4 @@
-"""Whole models of random weights that decode: Llama-2-7B and Llama-3-8B, dense and over pivoted bases.
+"""Whole models of random weights that decode: Llama-2-7B and Llama-3-8B, dense, over pivoted bases, or half zero.
 
 The weights are made on the device and go through the loader that users' folders go through. No rate is given for a
 model whose decode step does not agree with a prefill of the same tokens, which takes other kernels, or whose recorded
@@ -33,10 +33,11 @@ from ...runtime.params import SamplingParams
 from ...runtime.sequence import Chunk, Sequence
 from ...spec import Spec
 from .. import record
-from . import ceilings
+from . import ceilings, zeros
 from .report import Part
 from .setting import GROUP, RATIOS, Setting
 from .timing import seconds_of
+from .zeros import Zeros
 
 PAGE = 16
 ROUNDED_PER_LAYER = 8  # norm, q|k|v, attention, out, sum, gate|up, act, down: as tensors that a layer makes
@@ -58,6 +59,9 @@ class RandomFolder:
     def tensor(self, name: str) -> torch.Tensor:
         """Norm weights are 1, pivots distinct columns, all others normal with variance 1 / K."""
         shape, dtype, on = self._shapes[name], self._setting.dtype, self._setting.device
+        sparse = zeros.tensor(name, shape, self._setting)
+        if sparse is not None:
+            return sparse
         if name.endswith(".pivots"):
             r, inputs = shape
             return torch.randperm(inputs, device=on)[:r].sort().values.int()
@@ -78,14 +82,32 @@ class Bases:
         """The rank of a group of `size` linears [n, k]."""
         return (rank if self.ranks == "paper" else pivoted_rank)(self.percent / 100, n, k, size)
 
+    def units(self, spec: Spec, shapes: dict[str, tuple[int, ...]]) -> Iterator[UnitEntry]:
+        """The shared bases of every layer by the paper's rules; adds their tensors' shapes to `shapes`."""
+        linears = spec.linears()
+        for run in runs(spec, self.group):
+            for kind in kinds(spec):
+                for group in run.groups(spec, kind, kind.shared):
+                    first = group.paths[0]
+                    n, k = linears[first].n, linears[first].k
+                    r = self.rank(n, k, group.size)
+                    names = {"basis": f"{first}.basis", "pivots": f"{first}.pivots"}
+                    names |= {f"coefficients.{path}": f"{path}.coefficients" for path in group.paths}
+                    shapes |= {names["basis"]: (r, k - r), names["pivots"]: (r, k)}
+                    shapes |= {f"{path}.coefficients": (n, r) for path in group.paths}
+                    yield UnitEntry(shared_basis.NAME, shared_basis.VERSION, dict.fromkeys(group.paths, (n, k)), names)
+
     def __str__(self) -> str:
         return f"pivoted {self.percent:g} %"
 
 
-def random_decoder(spec: Spec, bases: Bases | None, setting: Setting) -> Decoder:
-    """A decoder of random weights over `bases`, dense without them."""
+Form = Bases | Zeros | None
+
+
+def random_decoder(spec: Spec, form: Form, setting: Setting) -> Decoder:
+    """A decoder of random weights in `form`, dense without one."""
     shapes: dict[str, tuple[int, ...]] = {}
-    units = [*_groups(spec, bases, shapes)] if bases else []
+    units = [*form.units(spec, shapes)] if form else []
     if spec.tied:
         head = {spec.names.head: (spec.vocab, spec.embed_dim)}
         units.append(UnitEntry(dense.NAME, dense.VERSION, head, {"weight": f"{spec.names.embed}.weight"}))
@@ -99,31 +121,15 @@ def random_decoder(spec: Spec, bases: Bases | None, setting: Setting) -> Decoder
     return Decoder(spec, _Loading(folder, spec, setting.device, setting.dtype).weights())
 
 
-def _groups(spec: Spec, bases: Bases, shapes: dict[str, tuple[int, ...]]) -> Iterator[UnitEntry]:
-    """The shared bases of every layer by the paper's rules; adds their tensors' shapes to `shapes`."""
-    linears = spec.linears()
-    for run in runs(spec, bases.group):
-        for kind in kinds(spec):
-            for group in run.groups(spec, kind, kind.shared):
-                first = group.paths[0]
-                n, k = linears[first].n, linears[first].k
-                r = bases.rank(n, k, group.size)
-                names = {"basis": f"{first}.basis", "pivots": f"{first}.pivots"}
-                names |= {f"coefficients.{path}": f"{path}.coefficients" for path in group.paths}
-                shapes |= {names["basis"]: (r, k - r), names["pivots"]: (r, k)}
-                shapes |= {f"{path}.coefficients": (n, r) for path in group.paths}
-                yield UnitEntry(shared_basis.NAME, shared_basis.VERSION, dict.fromkeys(group.paths, (n, k)), names)
-
-
 # --- one model -----------------------------------------------------------------------------------
 
 
 class Subject:
     """A model with its cache, and the tokens of one sequence whose last one is to be decoded."""
 
-    def __init__(self, spec: Spec, bases: Bases | None, setting: Setting) -> None:
-        self.form, self.setting, self.spec = str(bases or dense.NAME), setting, spec
-        self.decoder = random_decoder(spec, bases, setting)
+    def __init__(self, spec: Spec, form: Form, setting: Setting) -> None:
+        self.form, self.setting, self.spec = str(form or dense.NAME), setting, spec
+        self.decoder = random_decoder(spec, form, setting)
         self.modes: dict[str, Model] = {"eager": self.decoder, "recorded": GraphedDecoder(self.decoder)}
         self.limit = setting.context + setting.tokens + 2
         blocks, heads = 2 + self.limit // PAGE, [layer.kv_heads for layer in spec.layers]
@@ -216,13 +222,14 @@ def _wait(setting: Setting) -> None:
 
 
 def run(part: Part, setting: Setting, model: str) -> None:
-    """Dense and pivoted models side by side, eager and recorded, in turns."""
+    """Dense and pivoted models, of Llama-3-8B also sparse ones, side by side, eager and recorded, in turns."""
     ceiling = ceilings.ceiling(setting)
     part.note(model=model, ceiling_gb_per_s=ceiling, context=setting.context, generated=setting.tokens)
     spec = families.read(setting.config(model))
     subjects: dict[str, Subject] = {}
-    for bases in (None, *map(Bases, RATIOS)):
-        subject = Subject(spec, bases, setting)
+    sparse = zeros.ZEROS if model == "llama-3-8b" else ()
+    for form in (None, *map(Bases, RATIOS), *sparse):
+        subject = Subject(spec, form, setting)
         try:
             checked = subject.check()
         except Exception as error:  # one broken form must not take the others' numbers along

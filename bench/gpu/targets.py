@@ -77,6 +77,16 @@ def _to_twice(data: Data) -> float | None:
     return None if ours is None or theirs is None else theirs / ours
 
 
+def _to_torch(side: str) -> Callable[[Data], float | None]:
+    """The worst layer of `side` at one row against cuBLAS."""
+
+    def value(data: Data) -> float | None:
+        rows = rows_of(data, "sweep", side=side, m=1)
+        return _least(row["ratio_to_torch"][1] for row in rows if "ratio_to_torch" in row)
+
+    return value
+
+
 def _decode(key: str, form: str, index: int | None = 1, scale: float = 1.0) -> Callable[[Data], float | None]:
     def value(data: Data) -> float | None:
         rows = rows_of(data, "decode-llama-3-8b", form=form, mode="recorded")
@@ -146,16 +156,20 @@ TARGETS = (
         _layer_ratio("llama-2-7b", "shared_basis pivoted 50 %"),
     ),
     Target("P2b", "pivoted layer against two of cuBLAS's products, 20 %", 1.25, _to_twice),
-    Target("P3", "unstructured 50 %", 1.35, _nothing),
-    Target("P4", "2:4 against cuBLAS", 1.5, _nothing),
+    Target("P3", "unstructured 50 %, one row against cuBLAS", 1.35, _to_torch("bitmap half zero")),
+    Target("P4", "2:4, one row against cuBLAS", 1.5, _to_torch("two_four 2:4")),
     Target("P5", "Llama-3-8B decode, pivoted 20 % against own dense", 1.22, _decode("ratio_to_dense", "pivoted 20 %")),
     Target("P5", "Llama-3-8B decode, pivoted 50 % against own dense", 1.70, _decode("ratio_to_dense", "pivoted 50 %")),
+    Target("P5", "Llama-3-8B decode, half zero against own dense", 1.35, _decode("ratio_to_dense", "half zero")),
+    Target("P5", "Llama-3-8B decode, 2:4 against own dense", 1.50, _decode("ratio_to_dense", "2:4")),
     Target("P5b", "dense decode against transformers, eager", 4.0, _peer("transformers eager")),
     Target("P5b", "dense decode against transformers, static cache and compile", 1.2, _peer(COMPILED)),
     Target("P6", "embeddings", 1.25, _nothing),
     Target("P7", "waits of the host in a decode step", 0, _note("host_waits_in_a_step", "dense"), most=True),
     Target("P7", "launches per layer, dense", 6, _note("launches_per_layer", "dense"), most=True),
     Target("P7", "launches per layer, shared basis", 10, _note("launches_per_layer", "pivoted 20 %"), most=True),
+    Target("P7", "launches per layer, 2:4", 6, _note("launches_per_layer", "2:4"), most=True),
+    Target("P7", "launches per layer, half zero", 6, _note("launches_per_layer", "half zero"), most=True),
     Target("P7", "idle share of a recorded dense step", 0.05, _idle, most=True),
     Target("P8", "worst ratio to cuBLAS, M = 1 to 64", 0.95, _sweep_floor),
 )

@@ -1,13 +1,15 @@
 """`python -m pared.bench.pruning`: what zeroed weights cost SmolLM2-135M, method by method and pattern by pattern.
 
 Rows are cached in the JSON that is written, so that a stopped run goes on; `--rows` picks some. Calibration reads
-BoolQ "train" passages, perplexity BoolQ "dev" passages and XSum articles: no passage is in both.
+BoolQ "train" passages, perplexity BoolQ "dev" passages and XSum articles: no passage is in both. Questions are asked
+through lm-eval (the extra `eval`).
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +17,15 @@ from typing import Any
 
 from ..kernels.dispatch import set_threads
 from ..terminal import print_table
-from .quality import LENGTH, ROOT, WINDOWS, calibration, chosen, fresh, perplexity
+from .quality import LENGTH, ROOT, WINDOWS, calibration, chosen, fresh, perplexity, source
 from .tables import Table
 
 RESULTS = ROOT / "bench" / "results" / "quality_pruning"
 WORK = ROOT / ".data" / "pruning"
 SAMPLES, SEED = 32, 0
+TEXTS = ("boolq", "xsum")
+TASKS = ("piqa", "commonsense_qa")
+QUESTIONS = 400
 PATTERNS = ("unstructured", "4:8", "2:4")
 METHODS = ("gblm-l1", "gblm-l2", "wanda", "magnitude")
 TITLE = "Pruned to half on SmolLM2-135M-Instruct"
@@ -30,10 +35,11 @@ PROTOCOL = (
     "row, for magnitude of every matrix), embedding and head stay; method and evaluation in fp32, nothing is trained "
     f"after. Calibration and gradients: {SAMPLES} windows of {LENGTH} tokens of BoolQ train passages, where the papers "
     f"take 128 of 2048 tokens of C4; gblm in its code's form, scale 100. Perplexity: the first {WINDOWS} windows of "
-    f"{LENGTH} tokens of BoolQ dev passages (Wikipedia) and of XSum articles (news), joined by blank lines."
+    f"{LENGTH} tokens of BoolQ dev passages (Wikipedia) and of XSum articles (news), joined by blank lines. Accuracy: "
+    f"the first {QUESTIONS} questions of each task, by the log-probability of an answer for each character, in bf16; "
+    "chance is 50 % for piqa and 20 % for commonsense_qa, one standard error some 2.4 points."
 )
-TEXTS = ("boolq", "xsum")
-COLUMNS = ("method", "pattern", "zeroed", *TEXTS)
+COLUMNS = ("method", "pattern", "zeroed", *TEXTS, *TASKS)
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,13 @@ def main() -> None:
     parser.add_argument("--rows", help=f"some of {', '.join(s.name for s in SETTINGS)}, separated by commas")
     wanted = chosen({setting.name: setting for setting in SETTINGS}, parser.parse_args().rows)
     results = TABLE.load()
-    if "dense" not in results["rows"]:
-        TABLE.save(results, "dense", quality(fresh()))
-    for setting in wanted:
-        if setting.name not in results["rows"]:
-            TABLE.save(results, setting.name, measure(setting))
+    for what, of in (("perplexity", perplexities), ("accuracy", accuracies)):
+        if what not in results["rows"].get("dense", {}):
+            TABLE.save(results, "dense", {what: of(fresh())})
+        for setting in wanted:
+            if what not in results["rows"].get(setting.name, {}):
+                model, facts = pruned(setting)
+                TABLE.save(results, setting.name, {what: of(model), **facts})
     print_table(TITLE, COLUMNS, table(results))
     print(PROTOCOL)
     print("\n".join(order(results)))
@@ -79,15 +87,16 @@ def main() -> None:
 def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows that are there, under COLUMNS."""
     rows = results["rows"]
-    lines = [("dense", "-", "0.0 %", *_perplexities(rows["dense"]))]
+    lines = [("dense", "-", "0.0 %", *_measures(rows["dense"]))]
     for s in SETTINGS:
         if row := rows.get(s.name):
-            lines.append((s.method, s.pattern, f"{100 * row['zeroed']:.1f} %", *_perplexities(row)))
+            lines.append((s.method, s.pattern, f"{100 * row['zeroed']:.1f} %", *_measures(row)))
     return lines
 
 
-def _perplexities(row: dict[str, Any]) -> Iterator[str]:
-    return (f"{row['perplexity'][text]:.2f}" for text in TEXTS)
+def _measures(row: dict[str, Any]) -> Iterator[str]:
+    yield from (f"{row['perplexity'][text]:.2f}" for text in TEXTS)
+    yield from (f"{100 * row['accuracy'][task]:.1f} %" if "accuracy" in row else "-" for task in TASKS)
 
 
 def order(results: dict[str, Any]) -> list[str]:
@@ -98,7 +107,7 @@ def order(results: dict[str, Any]) -> list[str]:
         if len(found) < len(METHODS):
             continue
         for text in TEXTS:
-            values = {method: perplexities[text] for method, perplexities in found.items()}
+            values = {method: of_texts[text] for method, of_texts in found.items()}
             best = min(("gblm-l1", "gblm-l2"), key=values.__getitem__)
             ratio = values[best] / values["wanda"]
             holds = "at or below wanda" if ratio <= 1 else "above wanda"
@@ -115,8 +124,8 @@ TABLE = Table(RESULTS, TITLE, PROTOCOL, COLUMNS, table, order)
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def measure(setting: Setting) -> dict[str, Any]:
-    """Prune and evaluate."""
+def pruned(setting: Setting) -> tuple[Any, dict[str, Any]]:
+    """The pruned model, from masks that an earlier run found where there are some, and what the row says of it."""
     from ..converters import recipe
     from ..converters.record import Record
 
@@ -127,7 +136,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     step.method.search(model, calibration(), record, step.params)
     step.method.apply(model, record)
     settings = asdict(step.params) | {"gradients": None}
-    return {**quality(model), **step.method.summary(record), "settings": settings}
+    return model, {**step.method.summary(record), "settings": settings}
 
 
 def gradient_file(norm: str) -> Path:
@@ -160,12 +169,34 @@ def compute_gradients(norm: str) -> None:
     shutil.rmtree(record.folder)
 
 
-def quality(model: Any) -> dict[str, Any]:
-    """Perplexity on every text."""
+def perplexities(model: Any) -> dict[str, float]:
+    """On every text."""
     from .data import boolq_passages, xsum_documents
 
     passages = {"boolq": boolq_passages("dev")[:400], "xsum": xsum_documents()[:200]}
-    return {"perplexity": {text: perplexity(model, passages[text]) for text in TEXTS}}
+    return {text: perplexity(model, passages[text]) for text in TEXTS}
+
+
+def accuracies(model: Any) -> dict[str, float]:
+    """On every task, of the model packed and loaded as a folder in bf16."""
+    import torch
+
+    from ..compact_writer import FolderWriter
+    from ..converters.modelling import as_source
+    from ..converters.pack import pack
+    from ..harness import multiple_choice
+    from ..runtime.loader import load
+    from ..runtime.text import Tokenizer
+    from .data import TASKS as folder_of_tasks
+
+    ask, packed = multiple_choice(TASKS, folder_of_tasks, QUESTIONS, progress=True), as_source(model, source())
+    with tempfile.TemporaryDirectory(dir=WORK) as place:
+        with FolderWriter(Path(place) / "model", resume_key="") as writer:
+            pack(packed, writer, torch.bfloat16)
+            writer.finish(packed.config | {"dtype": "bfloat16"}, {}, packed.files)
+            folder = writer.publish()
+        found = ask(load(folder, "cpu"), Tokenizer(folder))
+    return {task: found[f"{task} norm"] for task in TASKS}
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def perplexity(model: Any, passages: Sequence[str] | None = None) -> float:
 
 
 @cache
-def _source() -> Any:
+def source() -> Any:
     from ..converters.sources.detect import open_source
     from .data import gguf_path
 
@@ -239,7 +239,7 @@ def fresh() -> Any:
 
     from ..converters.modelling import instantiate
 
-    return instantiate(_source(), torch.float32)
+    return instantiate(source(), torch.float32)
 
 
 @cache
@@ -248,7 +248,7 @@ def calibration() -> Any:
     from ..converters.calibration import Calibration, tokenizer_of
     from .data import boolq_passages, corpus
 
-    return Calibration(tokenizer_of(_source()), corpus(boolq_passages("train")), "BoolQ train passages")
+    return Calibration(tokenizer_of(source()), corpus(boolq_passages("train")), "BoolQ train passages")
 
 
 if __name__ == "__main__":

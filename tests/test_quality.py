@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from pared.bench import pruning, quality
+from pared.bench.data import TEXTS_WHEEL
 from pared.converters import recipe
 
 
@@ -64,18 +65,31 @@ def test_the_pruning_table_says_whether_the_papers_order_holds(tmp_path):
     table = replace(pruning.TABLE, path=tmp_path / "pruning")
     results = table.load()
     table.save(results, "dense", row(20, 30))
+    table.save(results, "dense", {"accuracy": {"piqa": 0.608, "commonsense_qa": 0.292}})
     rows = {"gblm-l1": row(38, 62), "gblm-l2": row(39, 61), "wanda": row(40, 60), "magnitude": row(400, 90)}
     for name, found in rows.items():
         assert pruning.order(results) == []
         table.save(results, f"{name}-4:8", found)
     text = (tmp_path / "pruning.md").read_text().splitlines()
     assert text[-8:] == [
-        "| dense | - | 0.0 % | 20.00 | 30.00 |",
-        "| gblm-l1 | 4:8 | 50.0 % | 38.00 | 62.00 |",
-        "| gblm-l2 | 4:8 | 50.0 % | 39.00 | 61.00 |",
-        "| wanda | 4:8 | 50.0 % | 40.00 | 60.00 |",
-        "| magnitude | 4:8 | 50.0 % | 400.00 | 90.00 |",
+        "| dense | - | 0.0 % | 20.00 | 30.00 | 60.8 % | 29.2 % |",
+        "| gblm-l1 | 4:8 | 50.0 % | 38.00 | 62.00 | - | - |",
+        "| gblm-l2 | 4:8 | 50.0 % | 39.00 | 61.00 | - | - |",
+        "| wanda | 4:8 | 50.0 % | 40.00 | 60.00 | - | - |",
+        "| magnitude | 4:8 | 50.0 % | 400.00 | 90.00 | - | - |",
         "",
         "- 4:8, boolq: gblm-l1 is at or below wanda (0.950 of its perplexity), magnitude at 10.0 times wanda's.",
         "- 4:8, xsum: gblm-l2 is above wanda (1.017 of its perplexity), magnitude at 1.5 times wanda's.",
     ]
+
+
+def test_questions_are_asked_of_the_packed_model(smollm2_gguf, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    if not TEXTS_WHEEL.exists():
+        pytest.skip("the texts are not in .data/; `make test` fetches them")
+    monkeypatch.setattr(pruning, "WORK", tmp_path)
+    monkeypatch.setattr(pruning, "QUESTIONS", 4)
+    found = pruning.accuracies(quality.fresh())
+    assert set(found) == set(pruning.TASKS)
+    assert {4 * share % 1 for share in found.values()} == {0}
+    assert not list(tmp_path.iterdir())

@@ -18,14 +18,21 @@ TIE = 1.02
 def encode_linear(unit: Unit, format: str | None, transposed: bool) -> Packed:
     """A dense linear in the named format, or in the fitting one that reads the fewest bytes."""
     candidates = (formats.by_name(format),) if format else formats.FORMATS
-    reasons = {module.NAME: module.fits(unit) for module in candidates}
+    unsigned = _unsigned_zeros(unit)
+    units = {module: unit if module is dense else unsigned for module in candidates}
+    reasons = {module.NAME: module.fits(units[module]) for module in candidates}
     fitting = [module for module in candidates if reasons[module.NAME] is None]
     if not fitting:
         why = "; ".join(f"{format}: {reason}" for format, reason in reasons.items())
         raise SourceError(f"{next(iter(unit.modules))} fits no format ({why}); a --dtype for all weights may help")
-    packs = [_encode_as(module, unit, transposed) for module in fitting]
+    packs = [_encode_as(module, units[module], transposed) for module in fitting]
     sizes = [formats.by_name(packed.format).traffic(packed, 1).weight_bytes for packed in packs]
     return next(packed for packed, size in zip(packs, sizes, strict=True) if size <= TIE * min(sizes))
+
+
+def _unsigned_zeros(unit: Unit) -> Unit:
+    """-0.0 as 0.0: what a mask leaves of a negative weight that it multiplies, and no product tells them apart."""
+    return Unit(unit.modules, {**unit.tensors, "weight": unit.tensors["weight"] + 0})
 
 
 def _encode_as(module: ModuleType, unit: Unit, transposed: bool) -> Packed:

@@ -100,7 +100,7 @@ def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
         return None
     widths = tuple(n for prepared, path in parts for n in prepared.outputs[path])
     bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
-    return _of_gpu({parts[0][1]: widths}, joined, bias, (sum(widths), *inputs), joined.values.device)
+    return _of_gpu({parts[0][1]: widths}, joined, bias, (sum(widths), inputs.pop()), joined.values.device)
 
 
 def apply(x: torch.Tensor, prepared: Prepared, path: str, wide: bool = False) -> torch.Tensor:
@@ -180,7 +180,7 @@ def _of_gpu(
 
 def _laid(prepared: Prepared) -> sparse_layout.Bitmap:
     tensors: Any = prepared.tensors
-    return sparse_layout.Bitmap(*tensors[:-1], jump=prepared.ints[2])
+    return sparse_layout.Bitmap(*tensors[:6], prepared.ints[2])
 
 
 def _read(prepared: Prepared, rows: int) -> list[torch.Tensor | None]:

@@ -29,6 +29,7 @@ A gap above 15 columns is bridged by a zero that is stored. Of 16-bit weights th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -121,11 +122,11 @@ def side_by_side(parts: list[Bitmap]) -> Bitmap | None:
     runs = [p.values.view(-1, len(p.bits), RUN) for p in parts]
     values = torch.cat(_alike(runs), dim=1).view(-1)
     starts = _places(RUN * torch.arange(n, device=values.device), values.numel())
-    joined = [torch.cat(_alike(tensors), dim=1) for tensors in (steps, columns)]
-    return Bitmap(values, bits, ahead, starts, *joined, jump=RUN * (n - 1))
+    step, column = (torch.cat(_alike(tensors), dim=1) for tensors in (steps, columns))
+    return Bitmap(values, bits, ahead, starts, step, column, RUN * (n - 1))
 
 
-def _alike(tensors: list[torch.Tensor | None]) -> list[torch.Tensor]:
+def _alike(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     """Tensors as long as the longest, zeros behind."""
     there = [tensor for tensor in tensors if tensor is not None]
     longest = max(map(len, there))

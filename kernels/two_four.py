@@ -121,7 +121,8 @@ def prepare(packed: Packed, device: torch.device | str) -> Prepared:
     bits = torch.empty_like(positions) if positions.is_meta else _bits(packed)
     if not masked.for_triton(device):
         return masked.lay_out(NAME, packed.modules, bits, values.flatten(), bias, device)
-    laid = sparse_layout.two_four(*masked.where_it_is_quick([values, positions], device), k)
+    values, positions = masked.where_it_is_quick([values, positions], device)
+    laid = sparse_layout.two_four(values, positions, k)
     there = (*(tensor.to(device) for tensor in laid), None if bias is None else bias.to(device))
     return Prepared(NAME, {path: (n,)}, there, (n, k))
 

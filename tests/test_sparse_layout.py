@@ -93,10 +93,16 @@ def test_bytes_at_the_widths_of_llama(n, k):
 
 
 def test_stacking_is_laying_out_together():
-    parts = [half_zero(n, 256) for n in (16, 48)]
+    parts = [torch.randn(n, 256).bfloat16() for n in (16, 48)]
+    for part in parts:
+        part[::2, ::2], part[1::2, 1::2] = 0, 0
     together, joined = laid_out(torch.cat(parts)), sparse_layout.side_by_side([laid_out(part) for part in parts])
     assert joined.jump == together.jump
     assert all(torch.equal(one, other) for one, other in zip(joined[:-1], together[:-1], strict=True))
+    parts[0][:, 200] = 1  # a run more for the first part, zeros behind the others' last
+    longer = sparse_layout.side_by_side([laid_out(part) for part in parts])
+    assert same(sparse_layout.bitmap_dense(longer, 256), torch.cat(parts))
+    assert longer.steps.shape == (160 // sparse_layout.UNIT, 64)
     parts[0][:8] = 0
     assert sparse_layout.side_by_side([laid_out(part) for part in parts]) is None
     alone = sparse_layout.side_by_side([laid_out(parts[0])] * 2)

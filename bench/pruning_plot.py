@@ -23,7 +23,9 @@ def by_pattern(results: Mapping[str, Any], figure: Any, axes: Any) -> Any:
                 _dots(axes, p + STEP * (m - (len(METHODS) - 1) / 2), method, row["perplexity"])
     reference = rows["dense"]["perplexity"][TEXTS[0]]
     axes.axhline(reference, color="0.4", linewidth=1)
-    axes.annotate(f"dense {reference:.1f}", (len(PATTERNS) - 0.5, reference), (0, -4), ha="right", va="top", **_OFFSET)
+    axes.annotate(
+        f"dense {reference:.1f}", (len(PATTERNS) - 0.5, reference), (0, 4), ha="right", va="bottom", **_OFFSET
+    )
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -49,4 +51,4 @@ def _dots(axes: Any, x: float, method: str, perplexity: Mapping[str, float]) -> 
         face = COLORS[method] if text == TEXTS[0] else "white"
         axes.plot(x, perplexity[text], marker, color=COLORS[method], markerfacecolor=face, markersize=7)
     value = perplexity[TEXTS[0]]
-    axes.annotate(f"{value:.0f}", (x, value), (0, -8), ha="center", va="top", color=COLORS[method], **_OFFSET)
+    axes.annotate(f"{value:.0f}", (x, value), (7, 0), ha="left", va="center", color=COLORS[method], **_OFFSET)

@@ -180,7 +180,8 @@ def _of_gpu(
 
 def _laid(prepared: Prepared) -> sparse_layout.Bitmap:
     tensors: Any = prepared.tensors
-    return sparse_layout.Bitmap(*tensors[:6], prepared.ints[2])
+    values, bits, ahead, starts, steps, columns, _bias = tensors
+    return sparse_layout.Bitmap(values, bits, ahead, starts, steps, columns, prepared.ints[2])
 
 
 def _read(prepared: Prepared, rows: int) -> list[torch.Tensor | None]:

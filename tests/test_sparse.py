@@ -171,6 +171,19 @@ def test_pack_takes_what_reads_least(pattern: str, format: str, k: int) -> None:
     assert torch.equal((bitmap if format == "bitmap" else two_four).weight(packed, "a.b"), weight)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "half"])
+def test_zeros_that_a_mask_left_with_a_sign_are_zeros(pattern: str) -> None:
+    weight = weight_of(pattern, 64, 64)
+    signed = torch.where(weight == 0, torch.full_like(weight, -0.0), weight)
+    packed = encode_linear(unit_of(signed), None, transposed=False)
+    assert packed.format == ("two_four" if pattern == "2:4" else "bitmap")
+    assert torch.equal(
+        packed.tensors["values"], encode_linear(unit_of(weight), None, transposed=False).tensors["values"]
+    )
+    kept = encode_linear(unit_of(signed), "dense", transposed=False)
+    assert torch.signbit(kept.tensors["weight"][signed == 0]).all()
+
+
 def test_few_zeros_stay_dense() -> None:
     weight = torch.ones(40, 64, dtype=torch.bfloat16)
     weight[:, ::16] = 0

@@ -74,10 +74,11 @@ class BuildPy(build_py):
 
 TRAIN = ["peft>=0.17"]
 EMBED = ["pyarrow>=18"]
+SENTENCES = "sentence-transformers>=6"
 TEST = [
     *TRAIN,
     *EMBED,
-    "sentence-transformers>=6",
+    SENTENCES,
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -87,7 +88,7 @@ TEST = [
     "numpy<2.4",  # the interpreter of triton 3.6 fails with newer ones
     "triton>=3.6; sys_platform == 'linux'",
 ]
-BENCH = ["matplotlib>=3.9", "pytest>=8.4", "pytest-benchmark>=5.1"]
+BENCH = ["matplotlib>=3.9", "pytest>=8.4", "pytest-benchmark>=5.1", SENTENCES]
 
 setup(
     name=PKG,

@@ -51,10 +51,9 @@ class Packed:
     def __call__(self, texts: Sequence[Tokens]) -> torch.Tensor:
         """fp32 [B, embed_dim] on the decoder's device, not normalised. No text may be empty."""
         weights = [row_weights(len(text.ids) - text.start, self.pooling) for text in texts]
-        batch, rows = _pack(texts, weights, self.decoder.device)
+        batch, rows, blocks = _pack(texts, weights, self.decoder.device)
         if not self.decoder.spec.causal:
             batch = _both_ways(batch)
-        blocks = int(batch.block_tables.max()) + 1
         hidden = self.decoder.states(batch, self._pools(blocks)).float()
         weighted = hidden * torch.cat([w[w > 0] for w in weights]).to(hidden.device)[:, None]
         return torch.segment_reduce(weighted, "sum", lengths=rows.to(hidden.device), axis=0)
@@ -68,8 +67,10 @@ class Packed:
         return self._cache
 
 
-def _pack(texts: Sequence[Tokens], weights: Sequence[torch.Tensor], device: torch.device) -> tuple[Batch, torch.Tensor]:
-    """The batch of these texts, asking for the rows that have a weight; and how many those are of each text."""
+def _pack(
+    texts: Sequence[Tokens], weights: Sequence[torch.Tensor], device: torch.device
+) -> tuple[Batch, torch.Tensor, int]:
+    """The batch of these texts, asking for the rows that have a weight; how many those are of each text; and blocks."""
     lengths = np.array([len(text.ids) for text in texts])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
@@ -94,7 +95,7 @@ def _pack(texts: Sequence[Tokens], weights: Sequence[torch.Tensor], device: torc
         logit_rows=torch.cat(wanted).to(device),
         max_query=int(lengths.max()),
     )
-    return batch, torch.tensor([len(rows) for rows in wanted])
+    return batch, torch.tensor([len(rows) for rows in wanted]), RESERVED_BLOCK + 1 + int(blocks.sum())
 
 
 def _both_ways(batch: Batch) -> Batch:

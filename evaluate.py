@@ -68,6 +68,8 @@ def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> float:
 
 def decoder_logits(decoder: Decoder) -> LogitsFn:
     """The logits of every position of one sequence, in one pass."""
+    if not decoder.spec.causal:
+        raise BadParameter("a model that attends both ways sees the words to predict: it has no perplexity")
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         length, device = len(tokens), decoder.device

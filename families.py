@@ -77,9 +77,11 @@ def read(config: Config) -> Spec:
     if foreign != "pared":
         raise UnsupportedModel(f"quantization_config.quant_method is {foreign!r}: convert the unquantised checkpoint")
     try:
-        spec = reader(config)
+        spec = replace(reader(config), causal=config.get("is_causal") is not False)
     except KeyError as missing:
         raise UnsupportedModel(f"config.json of model_type {family!r} lacks {missing}") from None
+    if not spec.causal and any(layer.window for layer in spec.layers):
+        raise UnsupportedModel("is_causal is false beside sliding windows, which pared does not run")
     return spec if config.get(WIDTHS) is None else spec.narrowed(config[WIDTHS])
 
 

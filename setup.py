@@ -75,11 +75,12 @@ class BuildPy(build_py):
 TRAIN = ["peft>=0.17"]
 EVAL = ["lm-eval>=0.4.9"]
 EMBED = ["pyarrow>=18"]
+SENTENCES = "sentence-transformers>=6"
 TEST = [
     *TRAIN,
     *EVAL,
     *EMBED,
-    "sentence-transformers>=6",
+    SENTENCES,
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -89,7 +90,7 @@ TEST = [
     "numpy<2.4",  # the interpreter of triton 3.6 fails with newer ones
     "triton>=3.6; sys_platform == 'linux'",
 ]
-BENCH = ["matplotlib>=3.9", "pytest>=8.4", "pytest-benchmark>=5.1"]
+BENCH = ["matplotlib>=3.9", "pytest>=8.4", "pytest-benchmark>=5.1", SENTENCES]
 
 setup(
     name=PKG,

@@ -116,6 +116,7 @@ class Spec:
     rope: Rope | None
     position_offset: int = 0  # learned positions start at this row
     transposed: bool = False
+    causal: bool = True  # False: a token sees those after it too, as encoders' tokens may
 
     @property
     def rope_switch(self) -> int | None:

@@ -68,6 +68,8 @@ class LLM:
             )
         self.strict = strict
         self.model = load(path, device, dtype_of(dtype), int8_head)
+        if not self.model.spec.causal:
+            raise BadParameter(f"{path} attends both ways (is_causal is false): it embeds, see Embedder")
         self.tokenizer = Tokenizer(path)
         configs = [_read_json(Path(path) / name) for name in ("generation_config.json", "config.json")]
         self.default_params = _default_params(configs[0])

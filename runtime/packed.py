@@ -4,12 +4,14 @@
     blocks  1 1 1      2    3 3         each text begins a block of the pools, which all layers share
 
 Every text is whole in its batch, so attention sees it alone: company changes a vector by no more than a matrix
-product of other height rounds differently.
+product of other height rounds differently. Where tokens see those after them too, each row asks on its own, as the
+last of all tokens of its text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -49,8 +51,9 @@ class Packed:
     def __call__(self, texts: Sequence[Tokens]) -> torch.Tensor:
         """fp32 [B, embed_dim] on the decoder's device, not normalised. No text may be empty."""
         weights = [row_weights(len(text.ids) - text.start, self.pooling) for text in texts]
-        batch, rows = _pack(texts, weights, self.decoder.device)
-        blocks = int(batch.block_tables.max()) + 1
+        batch, rows, blocks = _pack(texts, weights, self.decoder.device)
+        if not self.decoder.spec.causal:
+            batch = _both_ways(batch)
         hidden = self.decoder.states(batch, self._pools(blocks)).float()
         weighted = hidden * torch.cat([w[w > 0] for w in weights]).to(hidden.device)[:, None]
         return torch.segment_reduce(weighted, "sum", lengths=rows.to(hidden.device), axis=0)
@@ -64,8 +67,10 @@ class Packed:
         return self._cache
 
 
-def _pack(texts: Sequence[Tokens], weights: Sequence[torch.Tensor], device: torch.device) -> tuple[Batch, torch.Tensor]:
-    """The batch of these texts, asking for the rows that have a weight; and how many those are of each text."""
+def _pack(
+    texts: Sequence[Tokens], weights: Sequence[torch.Tensor], device: torch.device
+) -> tuple[Batch, torch.Tensor, int]:
+    """The batch of these texts, asking for the rows that have a weight; how many those are of each text; and blocks."""
     lengths = np.array([len(text.ids) for text in texts])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
@@ -90,4 +95,17 @@ def _pack(texts: Sequence[Tokens], weights: Sequence[torch.Tensor], device: torc
         logit_rows=torch.cat(wanted).to(device),
         max_query=int(lengths.max()),
     )
-    return batch, torch.tensor([len(rows) for rows in wanted])
+    return batch, torch.tensor([len(rows) for rows in wanted]), RESERVED_BLOCK + 1 + int(blocks.sum())
+
+
+def _both_ways(batch: Batch) -> Batch:
+    """The batch with each row as a sequence of its own, over the keys of its whole text."""
+    rows = torch.arange(len(batch.tokens) + 1, dtype=torch.int32, device=batch.tokens.device)
+    counts = batch.query_starts.diff()
+    return replace(
+        batch,
+        query_starts=rows,
+        context_lens=batch.context_lens.repeat_interleave(counts),
+        block_tables=batch.block_tables.repeat_interleave(counts, dim=0),
+        max_query=2,  # a batch of single rows would write its keys on the way, when other rows have read already
+    )

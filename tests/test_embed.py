@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 import pared.hf
-from pared import Embedder, errors, sentence_layout
+from pared import LLM, Embedder, errors, families, sentence_layout
 from pared.convert import convert, export
 from pared.embedding import POOLINGS, Embedding, Tokens, pool
 from pared.kernels.native import library
@@ -154,6 +154,28 @@ def test_two_texts_packed(tmp_path):
     """Small enough for Triton's interpreter."""
     packed, texts, expected = packed_and_alone(tmp_path, "qwen3", (3, 2))
     assert (packed(texts) - expected).abs().max() < BOUND * expected.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_attention_both_ways_where_the_config_says_so(tmp_path, family):
+    source = trained.checkpoint(tmp_path / "hf", family)
+    causal = Embedder(encoder(tmp_path, family, source=source)).encode(TEXTS)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    folder = encoder(tmp_path / "both", family, source=source)
+    embedder, theirs = Embedder(folder, batch_tokens=40), sentence_transformer(folder)
+    ours, expected = embedder.encode(TEXTS), theirs.encode(TEXTS, batch_size=1)
+    assert np.abs(ours - expected).max() < BOUND * max(1.0, np.abs(expected).max())
+    assert not np.allclose(ours[0], causal[0], atol=1e-3) and np.allclose(ours[1], causal[1], atol=1e-5)
+    (folder / "embedding.json").unlink()
+    with pytest.raises(errors.BadParameter, match="attends both ways"):
+        LLM(folder)
+
+
+def test_windows_both_ways_are_refused():
+    config = tiny.CONFIGS["mistral"].to_dict() | {"is_causal": False, "sliding_window": 4}
+    with pytest.raises(errors.UnsupportedModel, match="is_causal is false beside sliding windows"):
+        families.read(config)
 
 
 def test_company_and_order_do_not_change_a_vector(embedder):

@@ -31,7 +31,7 @@ def test_every_format_is_collected_at_every_number_of_rows() -> None:
     for module in formats.FORMATS:
         for side in format_sides(module):
             assert all(f"test_linear[{side.name}-{m}]" in collected for m in ROWS)
-    assert collected.count("test_generate[") == 4
+    assert collected.count("test_generate[") == collected.count("test_embed[") == 4
 
 
 @pytest.mark.skipif(library.load() is None, reason="the suites measure native kernels")

@@ -73,7 +73,7 @@ static inline i64 sparse_sweep(const SparseLinear& a, i64 m, i64 n, i64 gap) {
 // Rows begin .. end as streams that each run through neighbouring rows, as in linear_kernel.h.
 template <class X, bool EVEN>
 static void sparse_rows_of(const SparseLinear& a, i64 begin, i64 end) {
-    constexpr int WIDE = W == 1 ? 4 : 8;
+    constexpr int WIDE = W == 1 || !EVEN ? 4 : 8;  // places of values take registers of their own where words differ
     constexpr int FEW = ACCUMULATORS / 4;
     const int streams = a.m == 1 ? WIDE : FEW;
     const i64 gap = (end - begin) / streams;

@@ -37,6 +37,7 @@ class SamplingParams:
     ignore_eos         go on after end-of-text
     logprobs           None, or the number of likeliest alternatives to report beside each chosen token's own
                        log-probability; all under the model's own distribution, before penalties and temperature
+    prompt_logprobs    the same for the tokens of the prompt, each given those before it; the first has none
     skip_special_tokens leave special tokens out of the text
 
     The order is: penalties, bias, temperature, top_k, top_p, min_p. Raises BadParameter with field, value and range.
@@ -59,6 +60,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -101,8 +103,9 @@ _INTEGERS = (
     ("top_k", 0, None),
     ("seed", 0, 2**63 - 1 - MAX_CHOICES),
     ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
 )
-_OPTIONAL = ("max_tokens", "seed", "logprobs")
+_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 _NUMBERS = (  # name, low, high, whether low itself is excluded
     ("temperature", 0.0, math.inf, False),
     ("top_p", 0.0, 1.0, True),

@@ -8,13 +8,15 @@ depends on its logits and its seed alone, not on its batch mates, the device or 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import EngineError
 from .params import SamplingParams
 from .sequence import Sequence
+
+_SCORED_ROWS = 128  # rows of logits whose log-probabilities are made at a time: each is as large as the vocabulary
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,20 @@ def _logprobs(logits: torch.Tensor, sequences: list[Sequence], chosen: list[int]
     found: list[TokenLogprob | None] = [None] * len(sequences)
     if not rows:
         return found
-    logprobs = logits[rows].log_softmax(dim=-1)
-    own = logprobs[range(len(rows)), [chosen[i] for i in rows]].tolist()
-    width = min(logits.shape[-1], max(sequences[i].params.logprobs or 0 for i in rows))
-    values, ids = (part.tolist() for part in logprobs.topk(width))
-    for place, i in enumerate(rows):
-        count = sequences[i].params.logprobs
-        top = tuple(zip(ids[place][:count], values[place][:count], strict=True))
-        found[i] = TokenLogprob(chosen[i], own[place], top)
+    width = max(sequences[i].params.logprobs or 0 for i in rows)
+    for i, full in zip(rows, score(logits[rows], [chosen[i] for i in rows], width), strict=True):
+        found[i] = replace(full, top=full.top[: sequences[i].params.logprobs])
+    return found
+
+
+def score(logits: torch.Tensor, tokens: list[int], width: int) -> list[TokenLogprob]:
+    """The log-probability of one token per row of logits [r, V], beside the `width` likeliest."""
+    found = []
+    for start in range(0, len(tokens), _SCORED_ROWS):
+        part = tokens[start : start + _SCORED_ROWS]
+        logprobs = logits[start : start + len(part)].log_softmax(dim=-1)
+        own = logprobs[range(len(part)), part].tolist()
+        values, ids = (top.tolist() for top in logprobs.topk(min(logits.shape[-1], width)))
+        each = zip(part, own, ids, values, strict=True)
+        found += [TokenLogprob(token, mine, tuple(zip(*top, strict=True))) for token, mine, *top in each]
     return found

@@ -15,6 +15,7 @@ PKG = "pared"
 ROOT = Path(__file__).resolve().parent
 FOLDERS = (
     "runtime",
+    "runtime/server",
     "kernels",
     "kernels/native",
     "converters",
@@ -73,8 +74,13 @@ class BuildPy(build_py):
 
 
 TRAIN = ["peft>=0.17"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus-client>=0.20"]
+GUIDED = ["llguidance>=1.3"]
 TEST = [
     *TRAIN,
+    *SERVE,
+    *GUIDED,
+    "openai>=1.60",
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -110,7 +116,7 @@ setup(
         "typer>=0.16",
         "rich>=13.7",
     ],
-    extras_require={"test": TEST, "train": TRAIN, "bench": BENCH},
+    extras_require={"test": TEST, "train": TRAIN, "bench": BENCH, "serve": SERVE, "guided": GUIDED},
     entry_points={"console_scripts": [f"{PKG}={PKG}.cli:main"]},
     cmdclass={"build_py": BuildPy},
     # The library is loaded through ctypes: any Python 3, one platform.

@@ -55,6 +55,11 @@ def step_traffic(decoder: Decoder) -> Counter[str]:
     return spy.read
 
 
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of a decoder's weights in memory, what is shared counted once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in _tensors(decoder.weights)}.values())
+
+
 def _one_token(decoder: Decoder) -> tuple[Batch, KVCache]:
     spec = decoder.spec
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any, TypeVar
 
 from ..errors import BadParameter, EngineBusy, EngineError, EngineStopped
 from .engine import EngineStats
@@ -20,6 +21,7 @@ from .llm import LLM, Prompt, Request
 from .outputs import Delta, Output
 from .params import SamplingParams
 
+T = TypeVar("T")
 FAILURES = 3
 """Steps that may fail one after the other: one may be its requests' fault, this many mean a broken device."""
 
@@ -105,6 +107,11 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join)
         self._tokenizing.shutdown()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread is there, which ends when steps keep failing."""
+        return self._thread.is_alive()
+
     def refuse(self, why: str) -> None:
         """Take no more requests; those that were taken go on."""
         self.error = self.error or EngineStopped(why)
@@ -113,9 +120,13 @@ class AsyncEngine:
         """Wait until nothing is asked."""
         await self._idle.wait()
 
+    async def beside(self, call: Callable[..., T], *args: Any) -> T:
+        """What `call` returns, run beside the event loop: for work on texts, which may be long."""
+        return await self._loop.run_in_executor(self._tokenizing, call, *args)
+
     async def request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
-        """LLM.request beside the event loop, as a long text takes its time."""
-        return await self._loop.run_in_executor(self._tokenizing, self.llm.request, prompt, params)
+        """LLM.request, beside the event loop."""
+        return await self.beside(self.llm.request, prompt, params)
 
     def stream(self, requests: list[Request]) -> Answers:
         """Ask now. Raises EngineBusy when too many wait and EngineStopped when none is taken any more."""

@@ -18,6 +18,7 @@ from ..errors import BadParameter, EmptyPrompt, EngineError, ParedError, PromptT
 from ..spec import Rope
 from .batch import Batch, build_batch
 from .cache import BlockAllocator, KVCache
+from .guided import Guide
 from .params import SamplingParams
 from .prefix import PrefixCache
 from .rope import length_matters_above
@@ -137,8 +138,11 @@ class EngineCore:
                     + ("shorten it" if what == "context" else "shorten it or give the cache more memory")
                 )
 
-    def add(self, prompt: Tokens[int], params: SamplingParams) -> int:
-        """Queue one request and return its id; `params.n` is the caller's business. Raises RequestError."""
+    def add(self, prompt: Tokens[int], params: SamplingParams, guide: Guide | None = None) -> int:
+        """Queue one request and return its id; `params.n` and `params.guided` are the caller's business.
+
+        guide: says which tokens may come. Raises RequestError.
+        """
         self.check(prompt, params)
         room = min(self.context, self.scheduler.capacity)
         sequence = Sequence(
@@ -150,6 +154,7 @@ class EngineCore:
             limit=min(room, len(prompt) + (params.max_tokens or room)),
             rope_floor=len(prompt),
             generator=None if params.seed is None else torch.Generator().manual_seed(params.seed),
+            guide=guide,
         )
         self._next_id += 1
         self._live[sequence.id] = sequence

@@ -18,6 +18,7 @@ from ..spec import Spec
 from .cache import KVCache, bytes_per_block
 from .engine import EngineCore
 from .graphs import GraphedDecoder
+from .guided import Guides
 from .loader import load
 from .memory import cache_blocks
 from .outputs import Choice, Completion, Delta, Output
@@ -86,6 +87,7 @@ class LLM:
             prefix_caching=prefix_caching,
         )
         self._choices: dict[int, Choice] = {}
+        self._guides: Guides | None = None  # made when first asked for
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -134,8 +136,8 @@ class LLM:
         params, keys = request.params, []
         for index in range(params.n):
             seed = None if params.seed is None else params.seed + index
-            scores = params.prompt_logprobs if index == 0 else None
-            keys.append(self.core.add(request.tokens, replace(params, n=1, seed=seed, prompt_logprobs=scores)))
+            guide = self._guides.guide(params.guided) if params.guided and self._guides else None
+            keys.append(self.core.add(request.tokens, replace(params, n=1, seed=seed), guide))
             self._choices[keys[-1]] = Choice(number, index, request.tokens, params, self.tokenizer, queue)
         return keys
 
@@ -174,6 +176,9 @@ class LLM:
             raise BadParameter(f"a prompt is a text or a list of token ids, got {prompt!r}")
         request = Request(text, tokens, params or self.default_params)
         self.core.check(tokens, request.params)
+        if request.params.guided is not None:
+            self._guides = self._guides or Guides(self.tokenizer, self.model.spec.vocab, self.core.eos)
+            self._guides.guide(request.params.guided)
         return request
 
     def _cache(self, max_batch: int, page: int, num_blocks: int | None, kv_cache_bytes: int | None) -> KVCache:

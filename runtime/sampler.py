@@ -43,6 +43,8 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], 
         bad = [sequence.id for sequence, value in zip(sequences, values, strict=True) if not math.isfinite(value)]
         raise EngineError(f"the logits of requests {bad} are NaN or infinite; try another dtype, or check the weights")
     for sequence, token in zip(sequences, chosen, strict=True):
+        if sequence.guide is not None:
+            sequence.guide.accept(token)
         if sequence.counts is not None and sequence.seen is not None:
             sequence.counts[token] += 1
             sequence.seen[token] = True
@@ -50,7 +52,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], 
 
 
 def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-    """Penalties, bias and forbidden endings; the logits themselves when nobody asks for any."""
+    """Penalties, bias, guides and forbidden endings; the logits themselves when nobody asks for any."""
     penalised = [i for i, sequence in enumerate(sequences) if sequence.params.penalised]
     biased = [
         (i, token, bias) for i, sequence in enumerate(sequences) for token, bias in sequence.params.logit_bias.items()
@@ -58,7 +60,8 @@ def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     barred = [
         (i, token) for i, sequence in enumerate(sequences) if not sequence.may_stop for token in sequence.stop_ids
     ]
-    if not (penalised or biased or barred):
+    guides = [(i, sequence.guide) for i, sequence in enumerate(sequences) if sequence.guide is not None]
+    if not (penalised or biased or barred or guides):
         return logits
     logits = logits.clone()
     if penalised:
@@ -69,6 +72,8 @@ def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     if barred:
         at, ids = zip(*barred, strict=True)
         logits[list(at), list(ids)] = -torch.inf
+    for i, guide in guides:
+        logits[i].masked_fill_(~guide.allowed().to(logits.device), -torch.inf)
     return logits
 
 

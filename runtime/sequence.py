@@ -10,6 +10,7 @@ import torch
 from .params import SamplingParams
 
 if TYPE_CHECKING:
+    from .guided import Guide
     from .sampler import TokenLogprob
 
 
@@ -36,6 +37,7 @@ class Sequence:
     cached: int = 0
     started: float | None = None
     generator: torch.Generator | None = None
+    guide: Guide | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     seen: torch.Tensor | None = None  # [V] bool, tokens of prompt and answer; only kept for penalties
     counts: torch.Tensor | None = None  # [V] fp32, occurrences in the answer; only kept for penalties

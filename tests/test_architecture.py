@@ -19,6 +19,7 @@ SAME_ROOM = {
     "spec": "families",
     "terminal": "cli",
     "kernels_cli": "cli",
+    "serve_cli": "cli",
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -39,7 +40,13 @@ ONLY_IN = {
     "triton": {"kernels", "bench"},
     "transformers": {"converters", "runtime/text.py", "hf.py", "bench"},
     "gguf": {"converters", "bench/llama_cpp.py"},
-    "typer": {"cli.py", "kernels_cli.py"},
+    "typer": {"cli.py", "kernels_cli.py", "serve_cli.py"},
+    "fastapi": {"runtime/server"},
+    "starlette": {"runtime/server"},
+    "uvicorn": {"runtime/server"},
+    "pydantic": {"runtime/server"},
+    "prometheus_client": {"runtime/server"},
+    "llguidance": {"runtime/guided.py"},
     "rich": {"terminal.py"},
     "matplotlib": {"bench"},
 }

@@ -204,9 +204,11 @@ class AsyncEngine:
             answers.keys += self.llm.submit(answers.first + place, request, self._deltas)
 
     def _step(self) -> None:
+        computed = self.llm.core.stats().computed_tokens
         try:
             self.llm.step()
-            self._failed = 0
+            if self.llm.core.stats().computed_tokens > computed:  # it did not just tell of aborts
+                self._failed = 0
         except Exception as error:  # its requests are aborted, which the next step tells
             self._failed, self._failure = self._failed + 1, error
             if self._failed == FAILURES:

@@ -342,6 +342,23 @@ def test_request_ids(http: httpx.Client) -> None:
     assert http.get("/nowhere").headers["x-request-id"]
 
 
+def test_a_real_model_under_load_answers_as_it_does_offline(smollm2: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    llm = LLM(smollm2, dtype="float32", device="cpu", max_batch=8, num_blocks=64, prefix_caching=True)
+    system = "Answer in one short sentence and be polite. "
+    questions = [system + text for text in ("Why is the sky blue?", "What is water?", "Who wrote Faust?", "Why?")]
+    want = [llm.generate(question, SamplingParams(max_tokens=8))[0].text for question in questions]
+    with (
+        serving(service_of(llm, MODEL, LIMITS)) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        calls = [pool.submit(complete, client, question, max_tokens=8) for question in questions * 2]
+        assert [call.result().choices[0].text for call in calls] == want * 2
+    assert llm.core.stats().kv_blocks_used == 0
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 GOOD = {"prompt": "x", "max_tokens": 2}

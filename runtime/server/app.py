@@ -34,7 +34,9 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
                 await part.stop()
 
     about_us = "A compressed model behind OpenAI's API."
-    app = FastAPI(title="pared", version=__version__, description=about_us, lifespan=lifespan)
+    app = FastAPI(
+        title="pared", version=__version__, description=about_us, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.service = service
     refusals.install(app, service.metrics)
     app.include_router(about.routes(service))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -77,5 +77,8 @@ def serve(service: Service, binding: Binding, key_file: Path | None, log_level: 
         timeout_graceful_shutdown=5,
     )
     where = str(binding.socket) if binding.socket else f"{binding.host}:{binding.port}"
-    log.info("serving", extra={"line": {"model": service.name, "at": where, "keys": len(keys)}})
+    line = {"model": service.name, "at": where, "keys": len(keys), "limits": asdict(service.limits)}
+    if service.generator is not None:  # what a request gets that asks for nothing else
+        line["sampling"] = asdict(service.llm.default_params)
+    log.info("serving", extra={"line": line})
     Server(config).run()

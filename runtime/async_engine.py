@@ -200,8 +200,11 @@ class AsyncEngine:
             command()
 
     def _begin(self, answers: Answers) -> None:
-        for place, request in enumerate(answers.requests):
-            answers.keys += self.llm.submit(answers.first + place, request, self._deltas)
+        try:
+            for place, request in enumerate(answers.requests):
+                answers.keys += self.llm.submit(answers.first + place, request, self._deltas)
+        except Exception as error:  # it was checked before, so this is no request's fault; others go on
+            self._loop.call_soon_threadsafe(answers.fail, EngineError(f"the engine takes no such request: {error!r}"))
 
     def _step(self) -> None:
         computed = self.llm.core.stats().computed_tokens

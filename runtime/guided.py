@@ -83,7 +83,7 @@ class _Guide:
         self._vocab = vocab
 
     def allowed(self) -> torch.Tensor:
-        """Which tokens may come next, bool [vocab]."""
+        """Which tokens may come next, bool [vocab]; llguidance gives the end of text where it has hit a limit."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._vocab].astype(bool))
 

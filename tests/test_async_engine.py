@@ -177,6 +177,24 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(llm: LLM
         assert engine.error is None
 
 
+async def test_a_request_that_cannot_begin_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(llm) as engine:
+        submit = llm.submit
+
+        def broken(number: int, request: Any, queue: Any) -> list[int]:
+            if request.text == "broken":
+                raise ValueError("a bug")
+            return submit(number, request, queue)
+
+        monkeypatch.setattr(llm, "submit", broken)
+        requests = [await engine.request("fine", ENDLESS), await engine.request("broken", ENDLESS)]
+        with pytest.raises(EngineError, match="a bug"):
+            await engine.stream(requests).outputs()
+        await ask(engine, "fine")
+        await quiet(engine)
+        assert (engine.alive, llm.core.allocator.used, llm._choices) == (True, 0, {})
+
+
 async def test_death_reaches_everyone(llm: LLM) -> None:
     async with running(llm) as engine:
         llm.model.gate.clear()

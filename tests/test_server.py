@@ -262,6 +262,16 @@ def test_guided_answers(client: openai.OpenAI) -> None:
         guided(json="{")
 
 
+def test_a_guide_that_is_broken_ends_its_answer(alone: LLM) -> None:
+    from pared.runtime.guided import Guides
+    from pared.runtime.params import Guided
+
+    guide = Guides(alone.tokenizer, 257, alone.core.eos).guide(Guided("regex", "ab"))
+    assert guide.allowed().nonzero().flatten().tolist() == alone.tokenizer.encode("a")
+    guide.accept(alone.tokenizer.encode("z")[0])
+    assert set(guide.allowed().nonzero().flatten().tolist()) == alone.core.eos
+
+
 def test_a_guided_answer_disturbs_no_other(client: openai.OpenAI, alone: LLM) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

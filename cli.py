@@ -1,4 +1,4 @@
-"""The command line: pared doctor | convert | export | inspect | generate | chat | embed | eval | bench | kernels.
+"""The command line: pared convert | inspect | generate | chat | serve | embed | eval | bench | kernels and more.
 
 Commands are thin: each imports what it needs when it runs, so that `pared --help` is quick, and prints
 what the library returns. Errors of pared's own tree become one red block and exit code 1.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import __version__, kernels_cli
+from . import __version__, kernels_cli, serve_cli
 from .errors import BadParameter
 from .kernels.dispatch import set_threads
 from .terminal import ask, print_error, print_json, print_table, say
@@ -35,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(kernels_cli.app)
+app.command()(serve_cli.serve)
 
 
 class Dtype(str, Enum):

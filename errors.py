@@ -97,3 +97,11 @@ class BadParameter(RequestError):
 
 class EngineError(ParedError):
     """The engine cannot go on; the message names the step that failed."""
+
+
+class EngineBusy(EngineError):
+    """As many requests wait as may wait; the same one can be asked again later."""
+
+
+class EngineStopped(EngineError):
+    """The engine takes no more requests: it is about to end, or it has died."""

@@ -15,6 +15,7 @@ PKG = "pared"
 ROOT = Path(__file__).resolve().parent
 FOLDERS = (
     "runtime",
+    "runtime/server",
     "kernels",
     "kernels/native",
     "converters",
@@ -76,11 +77,16 @@ TRAIN = ["peft>=0.17"]
 EVAL = ["lm-eval>=0.4.9"]
 EMBED = ["pyarrow>=18"]
 SENTENCES = "sentence-transformers>=6"
+SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus-client>=0.20"]
+GUIDED = ["llguidance>=1.3"]
 TEST = [
     *TRAIN,
     *EVAL,
     *EMBED,
     SENTENCES,
+    *SERVE,
+    *GUIDED,
+    "openai>=1.60",
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -120,7 +126,15 @@ setup(
         "typer>=0.16",
         "rich>=13.7",
     ],
-    extras_require={"test": TEST, "train": TRAIN, "eval": EVAL, "embed": EMBED, "bench": BENCH},
+    extras_require={
+        "test": TEST,
+        "train": TRAIN,
+        "eval": EVAL,
+        "embed": EMBED,
+        "serve": SERVE,
+        "guided": GUIDED,
+        "bench": BENCH,
+    },
     entry_points={"console_scripts": [f"{PKG}={PKG}.cli:main"]},
     cmdclass={"build_py": BuildPy},
     # The library is loaded through ctypes: any Python 3, one platform.

@@ -33,7 +33,10 @@ class Batch:
 
 
 def build_batch(chunks: list[Chunk], page: int, device: torch.device | str) -> Batch:
-    """The batch that computes every chunk; a chunk that reaches its sequence's end asks for one row of logits."""
+    """The batch that computes every chunk; a chunk that reaches its sequence's end asks for one row of logits.
+
+    Prompts whose log-probabilities are wanted ask for more: `Chunk.scored`.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     rope_lens: list[int] = []
@@ -46,6 +49,7 @@ def build_batch(chunks: list[Chunk], page: int, device: torch.device | str) -> B
         positions += span
         rope_lens += [max(sequence.rope_floor, position + 1) for position in span]
         slots += [sequence.blocks[position // page] * page + position % page for position in span]
+        logit_rows += [starts[-1] + position - chunk.start for position in chunk.scored]
         starts.append(len(tokens))
         if chunk.samples:
             logit_rows.append(len(tokens) - 1)

@@ -83,33 +83,74 @@ def bytes_per_block(kv_heads_per_layer: Iterable[int], head_dim: int, page: int,
 
 
 class BlockAllocator:
-    """Hands out block ids 1..num_blocks-1, each to one owner at a time."""
+    """Hands out block ids 1..num_blocks-1, and remembers by key what full blocks hold.
+
+    A block that has a key may get further owners, all of whom only read it. When the last one leaves it keeps key and
+    content until its room is needed; what was given back longest ago goes first.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.total = num_blocks - 1
-        self._free = list(range(num_blocks - 1, RESERVED_BLOCK, -1))
-        self._owned: set[int] = set()
+        self._blank = list(range(num_blocks - 1, RESERVED_BLOCK, -1))
+        self._kept: dict[int, None] = {}  # blocks with a key and no owner, longest unused first
+        self._owners: dict[int, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        """Blocks that nobody owns."""
+        return len(self._blank) + len(self._kept)
 
     @property
     def used(self) -> int:
-        return len(self._owned)
+        return len(self._owners)
 
     def allocate(self, count: int) -> list[int]:
         """`count` block ids that nobody owns; EngineError when fewer are free."""
-        if count > len(self._free):
-            raise EngineError(f"{count} KV blocks were asked for while {len(self._free)} of {self.total} are free")
-        blocks = [self._free.pop() for _ in range(count)]
-        self._owned.update(blocks)
+        if count > self.free:
+            raise EngineError(f"{count} KV blocks were asked for while {self.free} of {self.total} are free")
+        blocks = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
+        self._owners.update(dict.fromkeys(blocks, 1))
         return blocks
 
+    def claim(self, keys: Iterable[bytes]) -> list[int]:
+        """The blocks of these keys up to the first that is unknown, each with one owner more."""
+        blocks = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            self._kept.pop(block, None)
+            self._owners[block] = self._owners.get(block, 0) + 1
+            blocks.append(block)
+        return blocks
+
+    def remember(self, block: int, key: bytes) -> None:
+        """An owned block is full, and `key` says of what. Where another block has the key, that one keeps it."""
+        if key not in self._block_of and block not in self._key_of:
+            self._key_of[block] = key
+            self._block_of[key] = block
+
     def release(self, blocks: list[int]) -> None:
-        """Take blocks back; EngineError for a block that is not owned, and then none is taken."""
-        stray = sorted(set(blocks) - self._owned)
+        """Take one owner off each block; EngineError for a block that is not owned, and then none is taken."""
+        stray = sorted(set(blocks) - self._owners.keys())
         if stray or len(set(blocks)) != len(blocks):
             raise EngineError(f"KV blocks {stray or blocks} were released but are not owned, or are released twice")
-        self._owned.difference_update(blocks)
-        self._free.extend(reversed(blocks))
+        for block in reversed(blocks):  # so that the end of a text is evicted before its beginning
+            self._owners[block] -= 1
+            if not self._owners[block]:
+                self._retire(block)
+
+    def _retire(self, block: int) -> None:
+        del self._owners[block]
+        if block in self._key_of:
+            self._kept[block] = None
+        else:
+            self._blank.append(block)
+
+    def _evict(self) -> int:
+        block = next(iter(self._kept))
+        del self._kept[block]
+        del self._block_of[self._key_of.pop(block)]
+        return block

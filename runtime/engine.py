@@ -15,19 +15,26 @@ from typing import Protocol
 import torch
 
 from ..errors import BadParameter, EmptyPrompt, EngineError, ParedError, PromptTooLong
+from ..spec import Rope
 from .batch import Batch, build_batch
 from .cache import BlockAllocator, KVCache
+from .guided import Guide
 from .params import SamplingParams
-from .sampler import TokenLogprob, sample
+from .prefix import PrefixCache
+from .rope import length_matters_above
+from .sampler import TokenLogprob, sample, score
 from .scheduler import Scheduler
 from .sequence import Chunk, Sequence
 
 
 class ModelSpec(Protocol):
-    """What the engine has to know about a model: its vocabulary, and where longrope changes its tables."""
+    """What the engine has to know about a model: its vocabulary and its rotary tables, and where longrope's change."""
 
     @property
     def vocab(self) -> int: ...
+
+    @property
+    def rope(self) -> Rope | None: ...
 
     @property
     def rope_switch(self) -> int | None: ...
@@ -46,7 +53,9 @@ class Model(Protocol):
 class TokenOutput:
     """What one step gave to one request. `token` is None only for an abort.
 
-    stop_reason: the stop token that ended it, None for the model's own end of text.
+    stop_reason: the stop token that ended it, None for the model's own end of text. prompt_logprobs: beside the first
+    token where the request asked for them, one for each token of the prompt but the first. cached_tokens: tokens of
+    the prompt that were known from requests before. started: when it began to run, by time.monotonic.
     """
 
     id: int
@@ -54,6 +63,9 @@ class TokenOutput:
     logprob: TokenLogprob | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0
+    started: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,7 @@ class EngineStats:
     preemptions: int
     computed_tokens: int  # rows that went through the model, recomputed ones included
     prompt_tokens: int
+    cached_tokens: int  # of prompts that have been answered with a first token
     output_tokens: int
 
 
@@ -75,22 +88,33 @@ class EngineCore:
     """Drives a model over a KV cache. All calls come from one thread.
 
     context: longest sequence, prompt and answer together. eos: tokens that end an answer unless it ignores them.
-    max_batch, chunk: sequences and token rows of one step at most.
+    max_batch, chunk: sequences and token rows of one step at most. prefix_caching: do not compute again what an
+    earlier request began with as well.
     """
 
     def __init__(
-        self, model: Model, cache: KVCache, *, context: int, eos: frozenset[int], max_batch: int, chunk: int
+        self,
+        model: Model,
+        cache: KVCache,
+        *,
+        context: int,
+        eos: frozenset[int],
+        max_batch: int,
+        chunk: int,
+        prefix_caching: bool = False,
     ) -> None:
         self.model = model
         self.cache = cache
         self.eos = frozenset(token for token in eos if token < model.spec.vocab)  # some configs name ids beyond it
         self.allocator = BlockAllocator(cache.num_blocks)
-        self.scheduler = Scheduler(self.allocator, cache.page, max_batch, chunk, model.spec.rope_switch)
+        spec = model.spec
+        prefixes = PrefixCache(self.allocator, cache.page, length_matters_above(spec.rope)) if prefix_caching else None
+        self.scheduler = Scheduler(self.allocator, cache.page, max_batch, chunk, spec.rope_switch, prefixes)
         self.context = context
         self._live: dict[int, Sequence] = {}
         self._outputs: list[TokenOutput] = []
         self._next_id = 0
-        self._steps = self._computed = self._prompt_tokens = self._output_tokens = 0
+        self._steps = self._computed = self._prompt_tokens = self._cached = self._output_tokens = 0
 
     @property
     def busy(self) -> bool:
@@ -114,8 +138,11 @@ class EngineCore:
                     + ("shorten it" if what == "context" else "shorten it or give the cache more memory")
                 )
 
-    def add(self, prompt: Tokens[int], params: SamplingParams) -> int:
-        """Queue one request and return its id; `params.n` is the caller's business. Raises RequestError."""
+    def add(self, prompt: Tokens[int], params: SamplingParams, guide: Guide | None = None) -> int:
+        """Queue one request and return its id; `params.n` and `params.guided` are the caller's business.
+
+        guide: says which tokens may come. Raises RequestError.
+        """
         self.check(prompt, params)
         room = min(self.context, self.scheduler.capacity)
         sequence = Sequence(
@@ -127,6 +154,7 @@ class EngineCore:
             limit=min(room, len(prompt) + (params.max_tokens or room)),
             rope_floor=len(prompt),
             generator=None if params.seed is None else torch.Generator().manual_seed(params.seed),
+            guide=guide,
         )
         self._next_id += 1
         self._live[sequence.id] = sequence
@@ -170,27 +198,48 @@ class EngineCore:
             ) from error
 
     def _run(self, chunks: list[Chunk]) -> None:
-        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
         self._steps += 1
-        logits = self.model(build_batch(chunks, self.cache.page, self.cache.device), self.cache)
+        logits = self._score(self.model(build_batch(chunks, self.cache.page, self.cache.device), self.cache), chunks)
+        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
         tokens, logprobs = sample(logits, sampled) if sampled else ([], [])
         for chunk in chunks:
-            chunk.sequence.computed = chunk.stop
+            self.scheduler.advance(chunk)
             self._computed += chunk.stop - chunk.start
         for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
             self._accept(sequence, token, logprob)
 
+    def _score(self, logits: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
+        """Keep the log-probabilities of prompts that ask for them; the rows of logits that give new tokens."""
+        if not any(chunk.scored for chunk in chunks):
+            return logits
+        rows, sampling = 0, []
+        for chunk in chunks:
+            sequence, scored = chunk.sequence, chunk.scored
+            following = sequence.tokens[scored.start + 1 : scored.stop + 1]
+            found = score(logits[rows : rows + len(scored)], following, sequence.params.prompt_logprobs or 0)
+            sequence.prompt_logprobs[scored.start : scored.stop] = found
+            rows += len(scored)
+            if chunk.samples:
+                sampling.append(rows)
+                rows += 1
+        return logits[sampling]
+
     def _accept(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        first = not sequence.generated
         finish, stop = None, None
         if token in sequence.stop_ids:  # the sampler gives none before min_tokens
             finish, stop = "stop", token if token in sequence.params.stop_token_ids else None
         sequence.tokens.append(token)
         self._output_tokens += 1
+        if first:
+            self._cached += sequence.cached
         if finish is None and len(sequence.tokens) >= sequence.limit:
             finish = "length"
         if finish:
             self._remove(sequence)
-        self._outputs.append(TokenOutput(sequence.id, token, logprob, finish, stop))
+        scores = tuple(sequence.prompt_logprobs) if first else ()
+        told = (logprob, finish, stop, scores, sequence.cached, sequence.started)
+        self._outputs.append(TokenOutput(sequence.id, token, *told))
 
     def _remove(self, sequence: Sequence) -> None:
         del self._live[sequence.id]
@@ -206,5 +255,6 @@ class EngineCore:
             preemptions=self.scheduler.preemptions,
             computed_tokens=self._computed,
             prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached,
             output_tokens=self._output_tokens,
         )

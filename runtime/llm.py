@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..spec import Spec
 from .cache import KVCache, bytes_per_block
 from .engine import EngineCore
 from .graphs import GraphedDecoder
+from .guided import Guides
 from .loader import load
 from .memory import cache_blocks
 from .outputs import Choice, Completion, Delta, Output
@@ -29,10 +30,16 @@ Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
+    """A prompt that has been checked, as tokens, and as text where it was given as that."""
+
     text: str | None
     tokens: list[int]
     params: SamplingParams
+
+    def output(self) -> Output:
+        """The answer to it, empty, for deltas to be folded into."""
+        return Output(self.text, self.tokens, [Completion(index) for index in range(self.params.n)])
 
 
 class LLM:
@@ -41,8 +48,10 @@ class LLM:
     path: the folder. dtype: of weights, activations and KV cache; default is the folder's. device: default is the GPU
     if there is one. strict: an error where a slower path would replace a kernel. int8_head: read the head as 8-bit
     integers (`pared eval --int8-head` tells what that costs). max_batch, chunk: sequences and
-    token rows of one step at most. page: tokens of a KV block. The cache holds num_blocks blocks or kv_cache_bytes
-    bytes; by default what max_batch sequences of full context can need, cut to a share of the free memory.
+    token rows of one step at most. prefix_caching: keep the KV blocks of what was asked, so that prompts which begin
+    alike are read once; off unless asked for, as whoever measures asks the same again. page: tokens of a KV block. The
+    cache holds num_blocks blocks or kv_cache_bytes bytes; by default what max_batch sequences of full
+    context can need, cut to a share of the free memory.
 
     `default_params` is what a request without params gets: the sampling settings of the folder's
     generation_config.json (only where it says do_sample; else greedy). Params given are taken as they are.
@@ -58,6 +67,7 @@ class LLM:
         int8_head: bool = False,
         max_batch: int = 64,
         chunk: int = 1024,
+        prefix_caching: bool = False,
         page: int = 16,
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
@@ -81,8 +91,10 @@ class LLM:
             eos=_eos_ids(configs, self.tokenizer),
             max_batch=max_batch,
             chunk=chunk,
+            prefix_caching=prefix_caching,
         )
         self._choices: dict[int, Choice] = {}
+        self._guides: Guides | None = None  # made when first asked for
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -92,30 +104,28 @@ class LLM:
         Returns one Output per prompt, in order. Raises RequestError before anything runs, EngineError if a step fails.
         """
         requests = self._requests(prompts, params)
-        outputs = [
-            Output(one.text, one.tokens, [Completion(index) for index in range(one.params.n)]) for one in requests
-        ]
+        outputs = [request.output() for request in requests]
         for request, delta in self._run(requests):
-            outputs[request].choices[delta.index].fold(delta)
+            outputs[request].fold(delta)
         return outputs
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """The answer as it grows. Errors of the request are raised here; closing the iterator cancels it."""
-        return self._stream(self._request(prompt, params))
+        return self._stream(self.request(prompt, params))
 
     def chat(self, messages: list[dict[str, Any]], params: SamplingParams | None = None) -> Output:
         """The answer to a conversation, [{"role": ..., "content": ...}, ...], through the folder's chat template."""
         return self.generate(self.tokenizer.chat(messages), params)[0]
 
-    def _stream(self, request: _Request) -> Generator[Delta, None, None]:
+    def _stream(self, request: Request) -> Generator[Delta, None, None]:
         with closing(self._run([request])) as run:
             for _, delta in run:
                 yield delta
 
-    def _run(self, requests: list[_Request]) -> Generator[tuple[int, Delta], None, None]:
+    def _run(self, requests: list[Request]) -> Generator[tuple[int, Delta], None, None]:
         """Both ways to answer: every delta with the number of its request. Other runs may take turns with this one."""
         queue: deque[tuple[int, Delta]] = deque()
-        mine = [key for number, request in enumerate(requests) for key in self._submit(number, request, queue)]
+        mine = [key for number, request in enumerate(requests) for key in self.submit(number, request, queue)]
         unfinished = len(mine)
         try:
             while unfinished:
@@ -124,21 +134,22 @@ class LLM:
                     unfinished -= delta.finish_reason is not None
                     yield number, delta
                 if unfinished:
-                    self._step()
+                    self.step()
         finally:
-            for key in mine:
-                if self._choices.pop(key, None):
-                    self.core.cancel(key)
+            self.drop(mine)
 
-    def _submit(self, number: int, request: _Request, queue: deque[tuple[int, Delta]]) -> Iterator[int]:
-        params = request.params
+    def submit(self, number: int, request: Request, queue: deque[tuple[int, Delta]]) -> list[int]:
+        """Give a request to the engine: its deltas go into `queue` with its number. Returns what `drop` takes."""
+        params, keys = request.params, []
         for index in range(params.n):
             seed = None if params.seed is None else params.seed + index
-            key = self.core.add(request.tokens, replace(params, n=1, seed=seed))
-            self._choices[key] = Choice(number, index, request.tokens, params, self.tokenizer, queue)
-            yield key
+            guide = self._guides.guide(params.guided) if params.guided and self._guides else None
+            keys.append(self.core.add(request.tokens, replace(params, n=1, seed=seed), guide))
+            self._choices[keys[-1]] = Choice(number, index, request.tokens, params, self.tokenizer, queue)
+        return keys
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One step of the engine for everything that was submitted. Raises EngineError if it fails."""
         with dispatch.strict(self.strict):
             outputs = self.core.step()
         for output in outputs:
@@ -146,26 +157,35 @@ class LLM:
             if choice is None:  # its stop string was found, or its run was closed: this is the engine's last word
                 continue
             if choice.take(output).finish_reason:
-                del self._choices[output.id]
-                self.core.cancel(output.id)
+                self.drop([output.id])
+
+    def drop(self, keys: list[int]) -> None:
+        """Forget answers, finished or not."""
+        for key in keys:
+            if self._choices.pop(key, None):
+                self.core.cancel(key)
 
     def _requests(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[_Request]:
+    ) -> list[Request]:
         alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         many: Sequence[Any] = [prompts] if alone else prompts
         each = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(many):
             raise BadParameter(f"{len(many)} prompts came with {len(each)} sampling params; give one, or one for each")
-        return [self._request(*pair) for pair in zip(many, each, strict=True)]
+        return [self.request(*pair) for pair in zip(many, each, strict=True)]
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None) -> _Request:
+    def request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """Check a prompt, a text or token ids, and what is asked of it. Raises RequestError."""
         text = prompt if isinstance(prompt, str) else None
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not all(isinstance(token, int) for token in tokens):
             raise BadParameter(f"a prompt is a text or a list of token ids, got {prompt!r}")
-        request = _Request(text, tokens, params or self.default_params)
+        request = Request(text, tokens, params or self.default_params)
         self.core.check(tokens, request.params)
+        if request.params.guided is not None:
+            self._guides = self._guides or Guides(self.tokenizer, self.model.spec.vocab, self.core.eos)
+            self._guides.guide(request.params.guided)
         return request
 
     def _cache(self, max_batch: int, page: int, num_blocks: int | None, kv_cache_bytes: int | None) -> KVCache:

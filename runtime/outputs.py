@@ -16,6 +16,7 @@ class Delta:
     """What one step adds to answer `index` of a request. The last delta of an answer has a finish_reason.
 
     text is settled: whole characters, and nothing that a stop string may still cut off; so it can lag behind token_ids.
+    prompt_logprobs, cached_tokens and started are as TokenOutput's.
     """
 
     index: int
@@ -24,6 +25,9 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0
+    started: float | None = None
 
 
 @dataclass
@@ -53,12 +57,21 @@ class Completion:
 class Output:
     """The answers to one prompt, n of them; text, token_ids and the rest are those of the first.
 
-    prompt is None where the prompt was given as tokens.
+    prompt is None where the prompt was given as tokens. prompt_logprobs: one for each token of the prompt but the
+    first, where the request asked for them. cached_tokens: how many of them were known from requests before.
     """
 
     prompt: str | None
     prompt_token_ids: list[int]
     choices: list[Completion]
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    cached_tokens: int = 0
+
+    def fold(self, delta: Delta) -> None:
+        self.choices[delta.index].fold(delta)
+        if delta.index == 0:
+            self.prompt_logprobs += delta.prompt_logprobs
+            self.cached_tokens = delta.cached_tokens or self.cached_tokens
 
     @property
     def text(self) -> str:
@@ -115,6 +128,9 @@ class Choice:
             logprobs=() if output.logprob is None else (output.logprob,),
             finish_reason=output.finish_reason if stop is None else "stop",
             stop_reason=output.stop_reason if stop is None else stop,
+            prompt_logprobs=output.prompt_logprobs,
+            cached_tokens=output.cached_tokens,
+            started=output.started,
         )
         self.queue.append((self.request, delta))
         return delta

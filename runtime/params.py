@@ -17,6 +17,15 @@ MAX_CHOICES = 128
 
 
 @dataclass(frozen=True)
+class Guided:
+    """What an answer has to look like. kind: "json" (a JSON schema), "regex", "choice" (a JSON list of texts) or
+    "grammar" (Lark)."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens, and when to stop.
 
@@ -37,7 +46,9 @@ class SamplingParams:
     ignore_eos         go on after end-of-text
     logprobs           None, or the number of likeliest alternatives to report beside each chosen token's own
                        log-probability; all under the model's own distribution, before penalties and temperature
+    prompt_logprobs    the same for the tokens of the prompt, each given those before it; the first has none
     skip_special_tokens leave special tokens out of the text
+    guided             None, or what the answer has to look like; needs the extra `guided`
 
     The order is: penalties, bias, temperature, top_k, top_p, min_p. Raises BadParameter with field, value and range.
     """
@@ -59,7 +70,9 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    guided: Guided | None = None
 
     def __post_init__(self) -> None:
         for name, convert in (("logit_bias", _bias), ("stop", _stops), ("stop_token_ids", _ids)):
@@ -73,6 +86,8 @@ class SamplingParams:
                 raise BadParameter(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise BadParameter(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if self.guided is not None and (self.min_tokens or self.ignore_eos):
+            raise BadParameter("a guided answer ends where its guide says: leave min_tokens and ignore_eos out")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], defaults: SamplingParams | None = None) -> SamplingParams:
@@ -101,8 +116,9 @@ _INTEGERS = (
     ("top_k", 0, None),
     ("seed", 0, 2**63 - 1 - MAX_CHOICES),
     ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
 )
-_OPTIONAL = ("max_tokens", "seed", "logprobs")
+_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 _NUMBERS = (  # name, low, high, whether low itself is excluded
     ("temperature", 0.0, math.inf, False),
     ("top_p", 0.0, 1.0, True),

@@ -39,6 +39,12 @@ class RotaryTable:
         return self.inv_freq
 
 
+def length_matters_above(rope: Rope | None) -> int | None:
+    """The sequence length above which the rotation of every token depends on it; None: it never does."""
+    kinds = {"dynamic": "max_positions", "longrope": "original"}
+    return getattr(rope, kinds[rope.kind]) if rope is not None and rope.kind in kinds else None
+
+
 def _attention_scale(rope: Rope) -> float:
     if rope.attention_factor is not None or rope.kind not in ("yarn", "longrope"):
         return rope.attention_factor if rope.kind in ("yarn", "longrope") and rope.attention_factor else 1.0

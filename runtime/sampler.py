@@ -9,7 +9,7 @@ gets depends on its logits and its seed alone, not on its batch mates, the devic
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,8 @@ from .transfer import to_device
 
 NOT_FINITE = -1
 """In place of a token whose row holds no finite maximum: so that one read tells both."""
+
+_SCORED_ROWS = 128  # rows of logits whose log-probabilities are made at a time: each is as large as the vocabulary
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], 
         bad = [sequence.id for sequence, token in zip(sequences, chosen, strict=True) if token == NOT_FINITE]
         raise EngineError(f"the logits of requests {bad} are NaN or infinite; try another dtype, or check the weights")
     for sequence, token in zip(sequences, chosen, strict=True):
+        if sequence.guide is not None:
+            sequence.guide.accept(token)
         if sequence.counts is not None and sequence.seen is not None:
             sequence.counts[token] += 1
             sequence.seen[token] = True
@@ -54,7 +58,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], 
 
 
 def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-    """Penalties, bias and forbidden endings; the logits themselves when nobody asks for any."""
+    """Penalties, bias, guides and forbidden endings; the logits themselves when nobody asks for any."""
     penalised = [i for i, sequence in enumerate(sequences) if sequence.params.penalised]
     biased = [
         (i, token, bias) for i, sequence in enumerate(sequences) for token, bias in sequence.params.logit_bias.items()
@@ -62,7 +66,8 @@ def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     barred = [
         (i, token) for i, sequence in enumerate(sequences) if not sequence.may_stop for token in sequence.stop_ids
     ]
-    if not (penalised or biased or barred):
+    guides = [(i, sequence.guide) for i, sequence in enumerate(sequences) if sequence.guide is not None]
+    if not (penalised or biased or barred or guides):
         return logits
     logits = logits.clone()
     if penalised:
@@ -73,6 +78,8 @@ def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
         logits[tuple(_there(place, logits) for place in places)] += _there(values, logits)
     if barred:
         logits[tuple(_there(place, logits) for place in zip(*barred, strict=True))] = -torch.inf
+    for i, guide in guides:
+        logits[i].masked_fill_(~guide.allowed().to(logits.device), -torch.inf)
     return logits
 
 
@@ -165,12 +172,20 @@ def _logprobs(logits: torch.Tensor, sequences: list[Sequence], chosen: list[int]
     found: list[TokenLogprob | None] = [None] * len(sequences)
     if not rows:
         return found
-    logprobs = logits[_there(rows, logits)].log_softmax(dim=-1)
-    own = logprobs.gather(1, _there([chosen[i] for i in rows], logits)[:, None])[:, 0].tolist()
-    width = min(logits.shape[-1], max(sequences[i].params.logprobs or 0 for i in rows))
-    values, ids = (part.tolist() for part in logprobs.topk(width))
-    for place, i in enumerate(rows):
-        count = sequences[i].params.logprobs
-        top = tuple(zip(ids[place][:count], values[place][:count], strict=True))
-        found[i] = TokenLogprob(chosen[i], own[place], top)
+    width = max(sequences[i].params.logprobs or 0 for i in rows)
+    for i, full in zip(rows, score(logits[_there(rows, logits)], [chosen[i] for i in rows], width), strict=True):
+        found[i] = replace(full, top=full.top[: sequences[i].params.logprobs])
+    return found
+
+
+def score(logits: torch.Tensor, tokens: list[int], width: int) -> list[TokenLogprob]:
+    """The log-probability of one token per row of logits [r, V], beside the `width` likeliest."""
+    found = []
+    for start in range(0, len(tokens), _SCORED_ROWS):
+        part = tokens[start : start + _SCORED_ROWS]
+        logprobs = logits[start : start + len(part)].log_softmax(dim=-1)
+        own = logprobs.gather(1, _there(part, logits)[:, None])[:, 0].tolist()
+        values, ids = (top.tolist() for top in logprobs.topk(min(logits.shape[-1], width)))
+        each = zip(part, own, ids, values, strict=True)
+        found += [TokenLogprob(token, mine, tuple(zip(*top, strict=True))) for token, mine, *top in each]
     return found

@@ -3,14 +3,19 @@
 Sequences are admitted strictly in the order in which they came, each with blocks for all tokens it has by then, so
 only decoding makes a running sequence grow. When blocks run out the youngest gives all of its own back and is
 recomputed later: the oldest always goes on, and since none is admitted that could outgrow the cache, all finish.
+
+Of the prompts that are being read the oldest gets half of a step's rows and the shortest get the rest: a short one
+need not wait for long ones before it, nor a long one for ever.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 from ..errors import BadParameter
 from .cache import BlockAllocator
+from .prefix import PrefixCache
 from .sequence import Chunk, Sequence
 
 
@@ -19,10 +24,17 @@ class Scheduler:
 
     max_batch: sequences that run at once. chunk: token rows of one step at most, no fewer than max_batch.
     rope_switch: context length beyond which the model's rotary tables change for a whole sequence, or None.
+    prefixes: where sequences find what others have computed; None: every sequence is computed in full.
     """
 
     def __init__(
-        self, allocator: BlockAllocator, page: int, max_batch: int, chunk: int, rope_switch: int | None = None
+        self,
+        allocator: BlockAllocator,
+        page: int,
+        max_batch: int,
+        chunk: int,
+        rope_switch: int | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         if max_batch < 1 or chunk < max_batch:
             raise BadParameter(
@@ -34,6 +46,7 @@ class Scheduler:
         self.max_batch = max_batch
         self.chunk = chunk
         self.rope_switch = rope_switch
+        self.prefixes = prefixes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -59,6 +72,12 @@ class Scheduler:
         self._admit()
         return self._chunks()
 
+    def advance(self, chunk: Chunk) -> None:
+        """A chunk has been computed: its keys and values are in the cache."""
+        chunk.sequence.computed = chunk.stop
+        if self.prefixes is not None:
+            self.prefixes.remember(chunk)
+
     def _switch_rope(self) -> None:
         """Start over, with the rotary tables of long sequences, what has just outgrown those of short ones."""
         if self.rope_switch is None:
@@ -66,7 +85,8 @@ class Scheduler:
         for sequence in self.running:
             if sequence.rope_floor <= self.rope_switch < len(sequence.tokens):
                 sequence.rope_floor = len(sequence.tokens)
-                sequence.computed = 0
+                self._release(sequence)
+                sequence.keys = []
 
     def _grow(self) -> None:
         """Give every running sequence blocks for all of its tokens, oldest first, at the cost of the youngest."""
@@ -87,35 +107,55 @@ class Scheduler:
         self.preemptions += 1
 
     def _admit(self) -> None:
-        """Let sequences in that the step has rows for, while every running one could still grow by a block.
+        """Let sequences in while every running one could still grow by a block.
 
         That margin also keeps out a sequence that was preempted just now.
         """
         while self.waiting and len(self.running) < self.max_batch:
-            if sum(running.pending for running in self.running) >= self.chunk:
-                return
             sequence = self.waiting[0]
+            self._reuse(sequence)
             missing = self._missing(sequence)
             if missing + len(self.running) > self.allocator.free:
+                self._release(sequence)
                 return
             sequence.blocks += self.allocator.allocate(missing)
+            sequence.started = sequence.started or time.monotonic()
             self.running.append(self.waiting.popleft())
 
     def _chunks(self) -> list[Chunk]:
-        """One row for each decoding sequence, then what is left of the budget for prefill, oldest first."""
-        budget = self.chunk
-        chunks = []
-        for sequence in sorted(self.running, key=lambda running: running.pending > 1):
-            stop = min(len(sequence.tokens), sequence.computed + budget)
-            if stop > sequence.computed:
-                chunks.append(Chunk(sequence, sequence.computed, stop))
-                budget -= stop - sequence.computed
-        return chunks
+        """One row for each decoding sequence; prompts share what is left of the budget."""
+        for sequence in self.running:
+            if sequence.pending > 1:  # others may have computed some of it since it was let in
+                self._reuse(sequence)
+        decoding = [sequence for sequence in self.running if sequence.pending == 1]
+        reading = [sequence for sequence in self.running if sequence.pending > 1]
+        rows = [1] * len(decoding) + _shares([one.pending for one in reading], self.chunk - len(decoding))
+        each = zip(decoding + reading, rows, strict=True)
+        return [Chunk(sequence, sequence.computed, sequence.computed + count) for sequence, count in each if count]
 
     def _missing(self, sequence: Sequence) -> int:
         return -(-len(sequence.tokens) // self.page) - len(sequence.blocks)
+
+    def _reuse(self, sequence: Sequence) -> None:
+        if self.prefixes is not None:
+            self.prefixes.reuse(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.allocator.release(sequence.blocks)
         sequence.blocks = []
         sequence.computed = 0
+        if not sequence.generated:
+            sequence.cached = 0
+
+
+def _shares(pending: list[int], budget: int) -> list[int]:
+    """Rows of a step for prompts with so many tokens left, oldest first."""
+    shares = [0] * len(pending)
+    if pending:
+        shares[0] = min(pending[0], -(-budget // 2))
+    left = budget - sum(shares)
+    for i in sorted(range(len(pending)), key=pending.__getitem__):
+        more = min(pending[i] - shares[i], left)
+        shares[i] += more
+        left -= more
+    return shares

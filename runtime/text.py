@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,11 @@ from typing import Any
 from ..errors import BadParameter, FolderDamaged
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTES = {chr(byte): byte for byte in _PLAIN} | {
+    chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PLAIN)
+}
+"""The letters in which byte-level tokenizers write bytes: printable ones as they are, the others from U+0100."""
 CONTEXT_TOKENS = 5  # tokens before the answer that let a tokenizer place its first space
 
 
@@ -22,22 +28,46 @@ class Tokenizer:
             self.hf: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise FolderDamaged(f"{path}: the tokenizer cannot be read: {error}; convert the model again") from error
+        self._special = frozenset(self.hf.all_special_ids)
+        self._byte_level = "ByteLevel" in str(
+            getattr(self.hf, "backend_tokenizer", None) and self.hf.backend_tokenizer.decoder
+        )
 
     @property
     def eos(self) -> int | None:
         """The end-of-text token, if the tokenizer knows one."""
         return self.hf.eos_token_id
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the model expects around it."""
-        return list(self.hf.encode(text, verbose=False))  # how long a text may be is for its user to say
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens that the model expects around it unless `special` is False."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadParameter(f"the text is no Unicode: {error.reason} at character {error.start}") from None
+        # verbose: how long a text may be is for its user to say
+        return list(self.hf.encode(text, add_special_tokens=special, verbose=False))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         text = self.hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def chat(self, messages: list[dict[str, Any]], **template: Any) -> list[int]:
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to a text. A character may be spread over several, so it need not be UTF-8.
+
+        Pieces of byte-level tokenizers stand for bytes, `<0x0A>` for one byte, and `▁` for a blank.
+        """
+        piece = self.hf.convert_ids_to_tokens(token) or ""  # a vocabulary may have more ids than pieces
+        if token in self._special:
+            return piece.encode()
+        if self._byte_level and all(letter in BYTES for letter in piece):
+            return bytes(BYTES[letter] for letter in piece)
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+
+    def chat(self, messages: list[dict[str, Any]], special: bool = False, **template: Any) -> list[int]:
         """Token ids of a conversation up to where the answer begins. `template` reaches the folder's chat template.
+
+        special: add the special tokens around a text as well, which most templates write themselves.
 
         Raises BadParameter when the folder has no chat template, or its template refuses the messages.
         """
@@ -47,7 +77,7 @@ class Tokenizer:
             text = self.hf.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": True, **template})
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise BadParameter(f"the chat template refuses these messages: {error}") from error
-        return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
+        return self.encode(text, special)
 
 
 class Detokenizer:

@@ -14,10 +14,12 @@ from pared.runtime.batch import Batch
 from pared.runtime.cache import KVCache
 from pared.runtime.engine import EngineCore
 from pared.runtime.params import SamplingParams
+from pared.spec import Rope
 
 VOCAB = 37
 EOS = 0
 LAYERS = (1, 3)
+BY_LENGTH = Rope("dynamic", 10_000.0, 4, max_positions=0)
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,21 @@ class MockSpec:
     head_dim: int = 2
     max_positions: int = 64
     layers: tuple[MockLayer, ...] = tuple(MockLayer(heads) for heads in LAYERS)
-    rope: None = None
+    rope: Rope | None = BY_LENGTH
     rope_switch: int | None = None
 
 
 class MockModel:
+    """by_length: whether a key depends on the length of its sequence, beside its position."""
+
     device = torch.device("cpu")
     dtype = torch.float32
 
-    def __init__(self, rope_switch: int | None = None) -> None:
+    def __init__(self, rope_switch: int | None = None, by_length: bool = True) -> None:
+        self.by_length = by_length
         self.spec = MockSpec(rope_switch=rope_switch)
+        if not by_length:
+            self.spec = MockSpec(rope=None)
         self.batches: list[Batch] = []
         self.fail_next = False
 
@@ -52,7 +59,8 @@ class MockModel:
         check_batch(batch, cache)
         for k_pool, v_pool in cache.layers:
             k_pool.flatten(0, 1)[batch.slots] = batch.tokens[:, None, None].to(k_pool.dtype)
-            v_pool.flatten(0, 1)[batch.slots] = batch.rope_lens[:, None, None].to(v_pool.dtype)
+            lengths = batch.rope_lens if self.by_length else batch.positions + 1
+            v_pool.flatten(0, 1)[batch.slots] = lengths[:, None, None].to(v_pool.dtype)
         logits = torch.empty(len(batch.logit_rows), VOCAB)
         for place, row in enumerate(batch.logit_rows.tolist()):
             logits[place] = logits_for(next_token(*self.seen(batch, cache, row)))
@@ -98,9 +106,15 @@ def logits_for(token: int) -> torch.Tensor:
     return -((torch.arange(VOCAB) - token) % VOCAB).float() * 0.3
 
 
-def expected(prompt: list[int], limit: int, params: SamplingParams, rope_switch: int | None = None) -> list[int]:
+def expected(
+    prompt: list[int],
+    limit: int,
+    params: SamplingParams,
+    rope_switch: int | None = None,
+    by_length: bool = True,
+) -> list[int]:
     """The greedy answer of a prompt that runs alone, without engine, cache or batch."""
-    tokens, floor = list(prompt), len(prompt)
+    tokens, floor = list(prompt), len(prompt) if by_length else 0
     limit = min(limit, len(prompt) + (params.max_tokens or limit))
     while len(tokens) < limit:
         if rope_switch is not None and floor <= rope_switch < len(tokens):
@@ -139,10 +153,13 @@ def make_core(
     max_batch: int = 4,
     chunk: int = 16,
     rope_switch: int | None = None,
+    by_length: bool = True,
+    prefix_caching: bool = False,
 ) -> EngineCore:
     cache = KVCache(LAYERS, 2, num_blocks, page, torch.float32, "cpu")
-    model = MockModel(rope_switch)
-    return EngineCore(model, cache, context=context, eos=frozenset([EOS]), max_batch=max_batch, chunk=chunk)
+    model = MockModel(rope_switch, by_length)
+    sizes = {"context": context, "max_batch": max_batch, "chunk": chunk}
+    return EngineCore(model, cache, eos=frozenset([EOS]), prefix_caching=prefix_caching, **sizes)
 
 
 def run(core: EngineCore) -> dict[int, list]:

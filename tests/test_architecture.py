@@ -23,6 +23,7 @@ SAME_ROOM = {
     "sentence_layout": "families",
     "terminal": "cli",
     "kernels_cli": "cli",
+    "serve_cli": "cli",
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -43,7 +44,13 @@ ONLY_IN = {
     "triton": {"kernels", "bench"},
     "transformers": {"converters", "runtime/text.py", "hf.py", "bench"},
     "gguf": {"converters", "bench/llama_cpp.py"},
-    "typer": {"cli.py", "kernels_cli.py"},
+    "typer": {"cli.py", "kernels_cli.py", "serve_cli.py"},
+    "fastapi": {"runtime/server"},
+    "starlette": {"runtime/server"},
+    "uvicorn": {"runtime/server"},
+    "pydantic": {"runtime/server"},
+    "prometheus_client": {"runtime/server"},
+    "llguidance": {"runtime/guided.py"},
     "rich": {"terminal.py"},
     "matplotlib": {"bench"},
     "lm_eval": {"harness.py"},

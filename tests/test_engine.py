@@ -67,6 +67,15 @@ def test_decoding_goes_on_while_a_long_prompt_is_read() -> None:
         assert [output.id for output in core.step()][:1] == [short]
 
 
+def test_a_short_prompt_is_answered_in_the_step_after_it_came_however_long_those_before_it_are() -> None:
+    core = make_core(num_blocks=64, max_batch=4, chunk=8)
+    for _ in range(3):
+        core.add(list(range(1, 31)), ENDLESS)
+        core.step()
+    short = core.add([1, 2], ENDLESS)
+    assert short in [output.id for output in core.step()]
+
+
 def test_seeds_survive_preemption_and_company() -> None:
     def answer(num_blocks: int, company: int) -> list[int]:
         core = make_core(num_blocks=num_blocks, max_batch=6)
@@ -164,7 +173,7 @@ def test_statistics() -> None:
     stats = core.stats()
     assert (stats.running, stats.waiting, stats.steps) == (2, 1, 1)
     assert (stats.kv_blocks_used, stats.kv_blocks_total) == (4, 8)
-    assert (stats.prompt_tokens, stats.computed_tokens, stats.output_tokens) == (15, 8, 1)
+    assert (stats.prompt_tokens, stats.computed_tokens, stats.output_tokens) == (15, 8, 0)
     run(core)
     stats = core.stats()
     assert (stats.running, stats.waiting, stats.kv_blocks_used, stats.preemptions) == (0, 0, 0, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -62,13 +64,27 @@ def test_prefill_is_chunked_and_decoding_goes_first() -> None:
     for id, length in enumerate((3, 12, 5)):
         scheduler.add(sequence(id, length))
     chunks = scheduler.schedule()
-    assert spans(chunks) == [(0, 0, 3), (1, 0, 5)]  # the third waits: the step has no row left for it
+    assert spans(chunks) == [(0, 0, 3), (2, 0, 5)]  # the shortest get what the oldest leaves
     advance(chunks)
     chunks = scheduler.schedule()
-    assert spans(chunks) == [(0, 3, 4), (1, 5, 12)]
+    assert spans(chunks) == [(0, 3, 4), (2, 5, 6), (1, 0, 6)]
     advance(chunks)
     chunks = scheduler.schedule()
-    assert spans(chunks) == [(0, 4, 5), (1, 12, 13), (2, 0, 5)]
+    assert spans(chunks) == [(0, 4, 5), (2, 6, 7), (1, 6, 12)]
+
+
+def test_a_short_prompt_overtakes_long_ones_and_the_oldest_gets_half() -> None:
+    scheduler = Scheduler(BlockAllocator(64), page=4, max_batch=8, chunk=10)
+    for id, length in enumerate((40, 40, 3)):
+        scheduler.add(sequence(id, length))
+    chunks = scheduler.schedule()
+    assert spans(chunks) == [(0, 0, 7), (2, 0, 3)]
+    advance(chunks)
+    for id in (3, 4, 5):  # however many come, the oldest goes on
+        scheduler.add(sequence(id, 9))
+        chunks = scheduler.schedule()
+        assert next(chunk.stop - chunk.start for chunk in chunks if chunk.sequence.id == 0) >= 4
+        advance(chunks)
 
 
 def test_the_youngest_gives_way_and_returns_first() -> None:
@@ -91,6 +107,9 @@ def test_a_chunk_must_have_a_row_for_every_sequence() -> None:
         Scheduler(BlockAllocator(8), page=2, max_batch=8, chunk=4)
 
 
+BEGINNINGS = st.sampled_from([[], [1] * 4, [1] * 4 + [2] * 5, [1] * 4 + [3] * 5])
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Any order of requests, steps, cancellations and failures over caches of any size."""
 
@@ -100,16 +119,28 @@ class EngineMachine(RuleBasedStateMachine):
         max_batch=st.integers(1, 5),
         spare=st.integers(0, 9),
         rope_switch=st.none() | st.integers(2, 20),
+        by_length=st.booleans(),
+        prefix_caching=st.booleans(),
     )
-    def start(self, num_blocks: int, page: int, max_batch: int, spare: int, rope_switch: int | None) -> None:
-        self.core = make_core(num_blocks, page, 40, max_batch, max_batch + spare, rope_switch)
+    def start(
+        self,
+        num_blocks: int,
+        page: int,
+        max_batch: int,
+        spare: int,
+        rope_switch: int | None,
+        by_length: bool,
+        prefix_caching: bool,
+    ) -> None:
+        self.kind = (rope_switch if by_length else None, by_length)
+        self.core = make_core(num_blocks, page, 40, max_batch, max_batch + spare, *self.kind, prefix_caching)
         self.room = min(40, (num_blocks - 1) * page)
         self.asked: dict[int, tuple[list[int], SamplingParams]] = {}
         self.given: dict[int, list] = {}
         self.ended_early: set[int] = set()
 
     @rule(
-        prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=24),
+        prompt=st.builds(operator.add, BEGINNINGS, st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=24)),
         max_tokens=st.none() | st.integers(1, 20),
         ignore_eos=st.booleans(),
         stop=st.lists(st.integers(0, VOCAB - 1), max_size=3),
@@ -155,11 +186,18 @@ class EngineMachine(RuleBasedStateMachine):
             self.given.setdefault(output.id, []).append(output)
 
     @invariant()
-    def blocks_have_one_owner(self) -> None:
-        scheduler, allocator = self.core.scheduler, self.core.allocator
-        owned = [block for one in scheduler.running for block in one.blocks]
-        assert len(set(owned)) == len(owned) == allocator.used
-        assert 0 not in owned
+    def blocks_that_are_shared_hold_the_same(self) -> None:
+        scheduler, allocator, page = self.core.scheduler, self.core.allocator, self.core.cache.page
+        held: dict[int, tuple] = {}
+        for one in scheduler.running:
+            assert len(set(one.blocks)) == len(one.blocks)
+            for place, block in enumerate(one.blocks):
+                until = (place + 1) * page
+                lengths = [max(one.rope_floor, i + 1) for i in range(until - page, until)] if self.kind[1] else None
+                shared = one.tokens[:until] if until <= one.computed else id(one), lengths
+                assert held.setdefault(block, shared) == shared
+        assert len(held) == allocator.used
+        assert 0 not in held
         assert allocator.free + allocator.used == allocator.total
         assert not any(one.blocks or one.computed for one in scheduler.waiting)
 
@@ -176,7 +214,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.core.allocator.used == 0
         assert self.given.keys() == self.asked.keys()
         for id, (prompt, params) in self.asked.items():
-            self.check(self.given[id], expected(prompt, self.room, params, self.core.scheduler.rope_switch), id)
+            self.check(self.given[id], expected(prompt, self.room, params, *self.kind), id)
 
     def check(self, outputs: list, alone: list[int], id: int) -> None:
         reasons = [output.finish_reason for output in outputs]

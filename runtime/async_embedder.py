@@ -1,0 +1,146 @@
+"""A text encoder for asyncio: texts that are asked at the same time run together, on a thread of their own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from ..errors import BadParameter, EngineBusy, EngineError, EngineStopped, RequestError
+
+TOGETHER = 1024
+"""Texts of one call of the encoder at most. It makes batches of them by their tokens."""
+Text = str | Sequence[int]
+
+
+class Vectors(Protocol):
+    """fp32 vectors [n, D], the tokens of each text, and how many tokens it lost to the longest length."""
+
+    @property
+    def vectors(self) -> torch.Tensor: ...
+
+    @property
+    def tokens(self) -> list[int]: ...
+
+    @property
+    def cut(self) -> list[int]: ...
+
+
+class Encoder(Protocol):
+    """A model that embeds texts, or their token ids. `finish` brings vectors to length 1, and cuts them."""
+
+    def embed(self, texts: Sequence[Text], prompt_name: str | None = None) -> Vectors: ...
+
+    def finish(self, vectors: torch.Tensor, normalize: bool, dimensions: int | None) -> torch.Tensor: ...
+
+
+@dataclass
+class _Asked:
+    texts: list[Text]
+    prompt_name: str | None
+    answer: asyncio.Future[tuple[torch.Tensor, list[int], list[int]]]
+
+
+class AsyncEmbedder:
+    """Starts with `start`, on the running event loop, and ends with `stop`. max_waiting: texts that may wait."""
+
+    def __init__(self, encoder: Encoder, max_waiting: int = 4096) -> None:
+        self.encoder = encoder
+        self.max_waiting = max_waiting
+        self._waiting: list[_Asked] = []
+        self._come = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "pared-encoder")
+        self._refused: str | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._work())
+
+    async def stop(self) -> None:
+        """Fail what is still asked, and end after the current call."""
+        self.refuse("the encoder has been stopped")
+        self._task.cancel()
+        _fail(self._waiting, EngineStopped("the encoder has been stopped"))
+        await asyncio.to_thread(self._thread.shutdown)
+
+    def refuse(self, why: str) -> None:
+        """Take no more texts; those that were taken go on."""
+        self._refused = self._refused or why
+
+    async def embed(
+        self, texts: Sequence[Text], prompt_name: str | None = None
+    ) -> tuple[torch.Tensor, list[int], list[int]]:
+        """What the encoder's `embed` gives for these texts; cancelling it takes back what has not begun.
+
+        Raises EngineBusy, EngineStopped, EngineError, or the RequestError of the encoder.
+        """
+        if self._refused is not None:
+            raise EngineStopped(self._refused)
+        held = sum(len(asked.texts) for asked in self._waiting)
+        if len(texts) > self.max_waiting:
+            raise BadParameter(f"{len(texts)} texts at a time are more than the {self.max_waiting} that may wait")
+        if held + len(texts) > self.max_waiting:
+            raise EngineBusy(f"{held} texts wait already and at most {self.max_waiting} may; try again later")
+        asked = _Asked(list(texts), prompt_name, asyncio.get_running_loop().create_future())
+        self._waiting.append(asked)
+        self._come.set()
+        return await asked.answer
+
+    async def drained(self) -> None:
+        """Wait until nothing is asked."""
+        await asyncio.gather(*(asked.answer for asked in self._waiting), return_exceptions=True)
+
+    async def _work(self) -> None:
+        while True:
+            await self._come.wait()
+            together = self._next()
+            if together:
+                await self._run(together)
+            else:
+                self._come.clear()
+
+    async def _run(self, together: list[_Asked]) -> None:
+        texts = [text for asked in together for text in asked.texts]
+        call = partial(self.encoder.embed, texts, together[0].prompt_name)
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        except RequestError as error:
+            if len(together) == 1:
+                _fail(together, error)
+            else:  # one of them is wrong, which concerns no other
+                for asked in together:
+                    await self._run([asked])
+        except Exception as error:
+            _fail(together, EngineError(f"the encoder failed: {error}"))
+        else:
+            _tell(together, found)
+
+    def _next(self) -> list[_Asked]:
+        """What came first, and whatever else has the same prompt and fits."""
+        self._waiting = [asked for asked in self._waiting if not asked.answer.done()]
+        together: list[_Asked] = []
+        room = TOGETHER
+        for asked in self._waiting:
+            if not together or (asked.prompt_name == together[0].prompt_name and len(asked.texts) <= room):
+                together.append(asked)
+                room -= len(asked.texts)
+        return together
+
+
+def _fail(together: list[_Asked], error: Exception) -> None:
+    for asked in together:
+        if not asked.answer.done():  # its client has not left
+            asked.answer.set_exception(error)
+
+
+def _tell(together: list[_Asked], found: Vectors) -> None:
+    at = 0
+    for asked in together:
+        part = slice(at, at + len(asked.texts))
+        at += len(asked.texts)
+        if not asked.answer.done():
+            asked.answer.set_result((found.vectors[part], found.tokens[part], found.cut[part]))

@@ -1,0 +1,113 @@
+"""What the server says of itself, and its tokenizer's own endpoints."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
+
+from ... import __version__
+from ...kernels import dispatch, formats
+from .generate import conversation
+from .refusals import Refused
+from .schema import DetokenizeRequest, TokenizeChat, TokenizeText
+from .service import Service
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["about"])
+    born = int(time.time())
+
+    def card() -> dict[str, Any]:
+        longest = service.generator.llm.context if service.generator is not None else None
+        does = [name for name in ("generator", "embedder") if getattr(service, name) is not None]
+        fixed = {"object": "model", "created": born, "owned_by": "pared", "root": service.name, "parent": None}
+        return {"id": service.name, **fixed, "max_model_len": longest, "does": does}
+
+    @router.get("/health")
+    async def health() -> Response:
+        """200 while the engine lives, 503 when it has died."""
+        engine = service.generator
+        if engine is not None and not engine.alive:
+            raise Refused(503, str(engine.error or "the engine has not been started"), "engine_stopped")
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        """200 while requests are taken: not before the model is warm, nor when the server is about to end."""
+        await health()
+        if not service.ready:
+            raise Refused(503, "the server is warming up or about to end", "not_ready")
+        return JSONResponse({"status": "ready"})
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/version")
+    async def version() -> Response:
+        """pared's version, those of its formats, and the kernels that run here."""
+        stored = {module.NAME: module.VERSION for module in formats.FORMATS}
+        told: dict[str, Any] = {"version": __version__, "torch": torch.__version__, "formats": stored}
+        if service.generator is not None:
+            model = service.llm.model
+            names = ("op", "path", "why")
+            told["kernels"] = [
+                dict(zip(names, row, strict=True)) for row in dispatch.describe(model.device, model.dtype)
+            ]
+        return JSONResponse(told)
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        """The one model."""
+        return JSONResponse({"object": "list", "data": [card()]})
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        """The one model, by its name."""
+        service.check_model(name)
+        return JSONResponse(card())
+
+    return router
+
+
+def tokenizer_routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["tokenizer"])
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeText | TokenizeChat) -> Response:
+        """Token ids of a text, or of a conversation."""
+        service.check_model(body.model)
+        tokenizer = service.llm.tokenizer
+        if isinstance(body, TokenizeText):
+            tokens = await service.engine.beside(tokenizer.encode, body.prompt, body.add_special_tokens)
+        else:
+            tokens = await service.engine.beside(conversation, service, body)
+        pieces = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
+        more = {"token_strs": pieces if body.return_token_strs else None}
+        return JSONResponse({"count": len(tokens), "max_model_len": service.llm.context, "tokens": tokens, **more})
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of token ids."""
+        service.check_model(body.model)
+        text = await service.engine.beside(service.llm.tokenizer.decode, body.tokens, False)
+        return JSONResponse({"prompt": text})
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """What a client needs to build prompts: special tokens and the chat template."""
+        hf = service.llm.tokenizer.hf
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special = {name: getattr(hf, name) for name in names} | {
+            f"{name}_id": getattr(hf, f"{name}_id") for name in names
+        }
+        more = {"vocab_size": len(hf), "max_model_len": service.llm.context, "chat_template": hf.chat_template}
+        return JSONResponse({"tokenizer_class": type(hf).__name__, **special, **more})
+
+    return router

@@ -1,0 +1,152 @@
+"""Prometheus metrics, with vLLM's names after our prefix, so that its dashboards and autoscalers need no more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from ...kernels.dispatch import FALLBACKS
+from ..accounting import weight_memory
+from ..outputs import Delta, Output
+
+if TYPE_CHECKING:
+    from ..async_engine import Answers, AsyncEngine
+    from ..engine import EngineStats
+
+PREFIX = "pared:"
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+TIMES = {
+    "time_to_first_token_seconds": "From a request's arrival to its first token.",
+    "inter_token_latency_seconds": "Between two tokens of an answer.",
+    "request_time_per_output_token_seconds": "Mean time of an answer's tokens after the first.",
+    "e2e_request_latency_seconds": "From a request's arrival to the end of an answer.",
+    "request_queue_time_seconds": "From a request's arrival until it runs.",
+    "request_prefill_time_seconds": "From when a request runs to its first token.",
+    "request_decode_time_seconds": "From an answer's first token to its end.",
+}
+COUNTS = {
+    "request_prompt_tokens": "Tokens of a prompt.",
+    "request_generation_tokens": "Tokens of an answer.",
+    "iteration_tokens_total": "Token rows of an engine step.",
+}
+
+
+class Metrics:
+    """Everything that /metrics shows, about one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._times = {name: self._histogram(name, text, SECONDS) for name, text in TIMES.items()}
+        self._counts = {name: self._histogram(name, text, TOKENS) for name, text in COUNTS.items()}
+        self._done = Counter(
+            f"{PREFIX}request_success", "Answers by how they ended.", ["finished_reason"], registry=self.registry
+        )
+        self._rejected = Counter(
+            f"{PREFIX}admission_rejections", "Requests that were not taken.", ["reason"], registry=self.registry
+        )
+        self._computed = 0
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"{PREFIX}{name}", text, registry=self.registry, buckets=buckets)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def show_engine(self, engine: AsyncEngine) -> None:
+        """Have the engine's own counts among the metrics."""
+        self.registry.register(_OfEngine(engine))
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(reason).inc()
+
+    def step(self, stats: EngineStats) -> None:
+        """Note a step of the engine, with its totals after it."""
+        if stats.computed_tokens > self._computed:
+            self._counts["iteration_tokens_total"].observe(stats.computed_tokens - self._computed)
+            self._computed = stats.computed_tokens
+
+    async def watch(
+        self, answers: Answers, outputs: list[Output], line: dict[str, Any]
+    ) -> AsyncIterator[tuple[int, Delta]]:
+        """The deltas of a request, unchanged, while its times are taken. `line`: the request's line in the log."""
+        arrived = time.monotonic()
+        clocks = {(p, c.index): _Clock(arrived) for p, output in enumerate(outputs) for c in output.choices}
+        line.update(prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs), finish=[])
+        line.update(output_tokens=0, cached_tokens=0)
+        async for place, delta in answers:
+            self._note(clocks[place, delta.index], delta)
+            line["output_tokens"] += len(delta.token_ids)
+            if delta.finish_reason is not None:
+                line["finish"].append(delta.finish_reason)
+                line["cached_tokens"] += delta.cached_tokens if delta.index == 0 else 0
+                self._counts["request_prompt_tokens"].observe(len(outputs[place].prompt_token_ids))
+            yield place, delta
+
+    def _note(self, clock: _Clock, delta: Delta) -> None:
+        now, times = time.monotonic(), self._times
+        if clock.first is None:
+            clock.first, started = now, delta.started or now
+            times["time_to_first_token_seconds"].observe(now - clock.arrived)
+            times["request_queue_time_seconds"].observe(max(0.0, started - clock.arrived))
+            times["request_prefill_time_seconds"].observe(now - started)
+        elif delta.token_ids:
+            times["inter_token_latency_seconds"].observe(now - clock.last)
+        clock.last = now
+        clock.tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            times["e2e_request_latency_seconds"].observe(now - clock.arrived)
+            times["request_decode_time_seconds"].observe(now - clock.first)
+            if clock.tokens > 1:
+                each = (now - clock.first) / (clock.tokens - 1)
+                times["request_time_per_output_token_seconds"].observe(each)
+            self._counts["request_generation_tokens"].observe(clock.tokens)
+            self._done.labels(delta.finish_reason).inc()
+
+
+class _Clock:
+    """The times of one answer, by time.monotonic."""
+
+    def __init__(self, arrived: float) -> None:
+        self.arrived = self.last = arrived
+        self.first: float | None = None
+        self.tokens = 0
+
+
+class _OfEngine:
+    """Reads the engine's counts when they are asked for."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._weights = weight_memory(engine.llm.model)
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats
+        gauges = {
+            "num_requests_running": ("Sequences that run.", stats.running),
+            "num_requests_waiting": ("Sequences that wait for a place.", stats.waiting),
+            "kv_cache_usage_perc": (
+                "Share of KV blocks in use, 1 is all.",
+                stats.kv_blocks_used / stats.kv_blocks_total,
+            ),
+            "weights_bytes": ("Bytes of the model's weights in memory.", self._weights),
+        }
+        counters = {
+            "num_preemptions": ("Sequences that gave their KV blocks back.", stats.preemptions),
+            "prompt_tokens": ("Tokens of prompts.", stats.prompt_tokens),
+            "generation_tokens": ("Tokens that were generated.", stats.output_tokens),
+            "prefix_cache_queries": ("Tokens of prompts that were looked for among known ones.", stats.prompt_tokens),
+            "prefix_cache_hits": ("Tokens of prompts that were known.", stats.cached_tokens),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(PREFIX + name, text, value=value)
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(PREFIX + name, text, value=value)
+        fallbacks = CounterMetricFamily(f"{PREFIX}kernel_fallback", "Slower paths taken.", labels=["op", "reason"])
+        for labels, count in list(FALLBACKS.items()):
+            fallbacks.add_metric(labels, count)
+        yield fallbacks

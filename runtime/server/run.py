@@ -1,0 +1,84 @@
+"""The server as a process: uvicorn, told to end by a signal, ends when what it was asked is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from ..async_engine import AsyncEngine
+from ..llm import LLM
+from . import app as application
+from .limits import Keys, Limits, read_keys
+from .logs import configure
+from .metrics import Metrics
+from .service import Service
+
+log = logging.getLogger("pared.server")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where to listen. socket: a unix socket in place of host and port. certificate, private_key: files for TLS."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    socket: Path | None = None
+    certificate: Path | None = None
+    private_key: Path | None = None
+    root_path: str = ""
+
+
+class Server(uvicorn.Server):
+    """Drains before it ends; a second signal ends it at once."""
+
+    _draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is not None or not self.started:
+            self.should_exit = self.force_exit = True
+            return
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        service: Service = self.config.app.state.service  # type: ignore[union-attr]
+        log.info("draining", extra={"line": {"seconds_at_most": service.limits.drain_s}})
+        await application.drain(service)
+        self.should_exit = True
+
+
+def service_of(llm: LLM, name: str, limits: Limits) -> Service:
+    """A model that generates, under its name."""
+    metrics = Metrics()
+    engine = AsyncEngine(llm, limits.waiting, metrics.step)
+    metrics.show_engine(engine)
+    return Service(name, metrics, limits, generator=engine)
+
+
+def serve(service: Service, binding: Binding, key_file: Path | None, log_level: str) -> None:
+    """Serve until a signal comes."""
+    configure(log_level)
+    keys = Keys(read_keys(key_file))
+    config = uvicorn.Config(
+        application.create_app(service, keys),
+        host=binding.host,
+        port=binding.port,
+        uds=str(binding.socket) if binding.socket else None,
+        ssl_certfile=binding.certificate,
+        ssl_keyfile=binding.private_key,
+        root_path=binding.root_path,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    where = str(binding.socket) if binding.socket else f"{binding.host}:{binding.port}"
+    line = {"model": service.name, "at": where, "keys": len(keys), "limits": asdict(service.limits)}
+    if service.generator is not None:  # what a request gets that asks for nothing else
+        line["sampling"] = asdict(service.llm.default_params)
+    log.info("serving", extra={"line": line})
+    Server(config).run()

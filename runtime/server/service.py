@@ -1,0 +1,53 @@
+"""What the endpoints of one server share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .limits import Limits
+from .refusals import Refused
+
+if TYPE_CHECKING:
+    from ..async_embedder import AsyncEmbedder
+    from ..async_engine import AsyncEngine
+    from ..llm import LLM
+    from .metrics import Metrics
+
+
+@dataclass
+class Service:
+    """A model under its name: an engine that generates, an encoder that embeds, or both.
+
+    ready: warmed up, and not about to end.
+    """
+
+    name: str
+    metrics: Metrics
+    limits: Limits = field(default_factory=Limits)
+    generator: AsyncEngine | None = None
+    embedder: AsyncEmbedder | None = None
+    ready: bool = False
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine; Refused where this server does not generate."""
+        if self.generator is None:
+            raise Refused(404, f"{self.name} embeds texts; it generates none", "model_not_found", "model")
+        return self.generator
+
+    @property
+    def encoder(self) -> AsyncEmbedder:
+        """The encoder; Refused where this server does not embed."""
+        if self.embedder is None:
+            raise Refused(404, f"{self.name} generates texts; it embeds none", "model_not_found", "model")
+        return self.embedder
+
+    @property
+    def llm(self) -> LLM:
+        return self.engine.llm
+
+    def check_model(self, name: str | None) -> None:
+        """Raises Refused for a model that is not served here; None is the one that is."""
+        if name not in (None, self.name):
+            raise Refused(404, f"the model {name} is not served here, {self.name} is", "model_not_found", "model")

@@ -31,6 +31,7 @@ class MockLayer:
 class MockSpec:
     vocab: int = VOCAB
     head_dim: int = 2
+    causal: bool = True
     max_positions: int = 64
     layers: tuple[MockLayer, ...] = tuple(MockLayer(heads) for heads in LAYERS)
     rope: Rope | None = BY_LENGTH

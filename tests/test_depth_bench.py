@@ -94,7 +94,7 @@ def small(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "WORK", tmp_path / module.__name__)
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results" / module.__name__.rpartition(".")[2])
     monkeypatch.setattr(data, "gguf_path", lambda: src)
-    monkeypatch.setattr(quality, "_source", lambda: open_source(src))
+    monkeypatch.setattr(quality, "source", lambda: open_source(src))
     monkeypatch.setattr(quality, "calibration", lambda: trained.CALIBRATION)
     monkeypatch.setattr(quality, "LENGTH", 32)
     stream = trained.words(2200, seed=2)

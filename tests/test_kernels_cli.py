@@ -56,7 +56,8 @@ def test_list_tells_what_each_op_runs_here() -> None:
     assert {"paged_attention", "rotary_cache", "gated_act"} <= {name for name, op in ops.items() if op["here"]}
     assert ops["rms_norm"]["native"] and not ops["rms_norm"]["formats"]
     if importlib.util.find_spec("triton"):
-        assert on_gpus == {"linear_around", "basis_linear_around", "decode"}
+        arounds = {"linear_around", "basis_linear_around", "bitmap_linear_around", "two_four_linear_around"}
+        assert on_gpus == arounds | {"decode"}
         assert ops["linear_around"]["formats"] == ["dense"]
         assert ops["decode"]["triton"] == ["_attend_split", "_merge"]
         assert ops["basis_linear"]["triton"][:2] == ["_basis_gemv", "_coefficients_gemv"]

@@ -129,7 +129,9 @@ def _opened(against: str, path: Path, llm: Any, context: int) -> Iterator[Side]:
         with tempfile.TemporaryDirectory(prefix="pared-") as folder:
             write_gguf(Path(path), Path(folder) / "model.gguf", kind)
             file, name = Path(folder) / "model.gguf", f"{LLAMA_CPP} {kind}"
-            with contextlib.closing(LlamaCpp(file, name, kind == "bf16", context, threads)) as side:
+            exact = kind == "bf16"
+            # Version 0.3.36 ends in a segmentation fault where it lays Q8_0 out for AMX.
+            with contextlib.closing(LlamaCpp(file, name, exact, context, threads, as_stored=not exact)) as side:
                 yield side
     elif Path(against).suffix == ".gguf" and Path(against).is_file():
         with contextlib.closing(LlamaCpp(Path(against), Path(against).name, False, context, threads)) as side:

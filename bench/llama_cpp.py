@@ -43,16 +43,22 @@ def write_gguf(folder: Path, out: Path, kind: str) -> None:
     writer.close()
 
 
-def open_gguf(path: Path, context: int, threads: int) -> Any:
-    """llama.cpp's model around a GGUF file, for `context` tokens. Raises SourceError without the package."""
+def open_gguf(path: Path, context: int, threads: int, as_stored: bool) -> Any:
+    """llama.cpp's model around a GGUF file, for `context` tokens. Raises SourceError without the package.
+
+    as_stored: it may not lay matrices out anew, as it does for AMX.
+    """
     if importlib.util.find_spec("llama_cpp") is None:
         raise SourceError(
             "llama-cpp-python is not installed; build it for this machine with "
             "CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python"
         )
-    from llama_cpp import Llama
+    import llama_cpp
 
-    return Llama(str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+    defaults = llama_cpp.llama_model_default_params()
+    defaults.use_extra_bufts = not as_stored
+    llama_cpp.llama_model_default_params = lambda: defaults  # Llama has no argument for it
+    return llama_cpp.Llama(str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
 
 
 def _metadata(writer: Any, config: dict[str, Any]) -> None:

@@ -77,12 +77,14 @@ class LlamaCpp:
     OpenMP reads its settings once a process: ours would take from llama.cpp the spinning that its barriers count on.
     """
 
-    def __init__(self, path: Path, name: str, same_weights: bool, context: int, threads: int) -> None:
+    def __init__(
+        self, path: Path, name: str, same_weights: bool, context: int, threads: int, as_stored: bool = False
+    ) -> None:
         self.name, self.same_weights = name, same_weights
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         self._pipe = ours
         self._process = multiprocessing.get_context("spawn").Process(
-            target=_serve_llama_cpp, args=(theirs, str(path), context, threads), daemon=True
+            target=_serve_llama_cpp, args=(theirs, str(path), context, threads, as_stored), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -144,13 +146,13 @@ class _Clock:
         """Nothing is held back."""
 
 
-def _serve_llama_cpp(pipe: Any, path: str, context: int, threads: int) -> None:
+def _serve_llama_cpp(pipe: Any, path: str, context: int, threads: int, as_stored: bool) -> None:
     """Answer prompts until the pipe closes."""
     os.environ.pop("GOMP_SPINCOUNT", None)
     from .llama_cpp import open_gguf
 
     try:
-        model = open_gguf(Path(path), context, threads)
+        model = open_gguf(Path(path), context, threads, as_stored)
     except ParedError as error:
         pipe.send(error)
         return

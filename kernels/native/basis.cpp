@@ -51,7 +51,7 @@ struct BasisCall final : Call {
         }
     }
 
-    int useful_threads(int threads) const override { return ::useful_threads(weights * element_bytes(dtype), threads); }
+    int useful_threads(int threads) const override { return ::useful_threads(weights * element_bytes(dtype), m, threads); }
 
     void lay_out(Scratch& scratch) override {
         char* to = y;
@@ -137,7 +137,7 @@ struct OrderCall final : Call {
     OrderCall(int dtype, const void* x, const int* order, void* y, i64 m, i64 k)
         : dtype(dtype), x(x), order(order), y(y), m(m), k(k) {}
 
-    int useful_threads(int threads) const override { return ::useful_threads(m * k * element_bytes(dtype), threads); }
+    int useful_threads(int threads) const override { return ::useful_threads(m * k * element_bytes(dtype), 1, threads); }
     Span enqueue(Queue& queue, Span after) override { return queue.add(*this, 0, m, ROWS, after); }
     void run(int, i64 begin, i64 end) const override { choose(dtype, x, k, order, k, y, begin, end); }
 };

@@ -80,7 +80,7 @@ struct LinearCall final : Call {
           dtype(dtype),
           tiles(!a.scale && on_tiles(level, dtype, a.m, a.n)) {}
 
-    int useful_threads(int threads) const override { return ::useful_threads(a.n * row_bytes, threads); }
+    int useful_threads(int threads) const override { return ::useful_threads(a.n * row_bytes, a.m, threads); }
 
     void lay_out(Scratch& scratch) override {
         a.packed = scratch.take<u32>(tiles ? packed_words(a.m, a.k) * 4 : 0);

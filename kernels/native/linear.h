@@ -37,7 +37,10 @@ static inline i64 rows_per_chunk(i64 row_bytes, i64 rows, i64 threads) {
     const i64 fair = ceil_div(rows, 2 * threads);
     return most(1, least(fair, CHUNK_BYTES / most(1, row_bytes)) / ROWS) * ROWS;
 }
-static inline int useful_threads(i64 bytes, int threads) { return int(most(1, least(threads, bytes / BYTES_PER_THREAD))); }
+// For `bytes` of W and m rows of x: every further 16 rows of x take as long as reading W once more, or longer.
+static inline int useful_threads(i64 bytes, i64 m, int threads) {
+    return int(most(1, least(threads, bytes * ceil_div(m, ROWS) / BYTES_PER_THREAD)));
+}
 
 // y[m, n] = sum + bias, rounded once.
 template <class T>

@@ -30,24 +30,28 @@ namespace amx {
 static bool expands_16(int level, int dtype) {
     return level >= AVX512_BF16 && dtype == BF16 && __builtin_cpu_supports("avx512vbmi2");
 }
-static SparseRows sparse_rows_of_bf16(int level, bool even, bool tiles) {
+static SparseRows sparse_rows_of_bf16(int level, bool even, bool tiles, bool many) {
     if (!expands_16(level, BF16)) return WIDEST(level, sparse_rows_of<bf16, false>);
-    if (tiles) return avx512_bf16::amx::sparse_rows_of;
+    if (tiles) return many ? avx512_bf16::amx::sparse_rows_of_many : avx512_bf16::amx::sparse_rows_of;
     return even ? avx512_bf16::sparse_rows_of<bf16, true> : avx512_bf16::sparse_rows_of<bf16, false>;
+}
+static void copy_tiles(const SparseLinear& a, u32* to, i64 begin, i64 end) {
+    avx512_bf16::amx::copy_tiles(a, reinterpret_cast<bf16*>(to), begin, end);
 }
 static SpreadRows spread_rows_of_bf16(int level) {
     return expands_16(level, BF16) ? avx512_bf16::spread_rows<bf16> : WIDEST(level, spread_rows<bf16>);
 }
 #else
 static bool expands_16(int, int) { return false; }
-static SparseRows sparse_rows_of_bf16(int, bool, bool) { return scalar::sparse_rows_of<bf16, false>; }
+static SparseRows sparse_rows_of_bf16(int, bool, bool, bool) { return scalar::sparse_rows_of<bf16, false>; }
+static void copy_tiles(const SparseLinear&, u32*, i64, i64) {}
 static SpreadRows spread_rows_of_bf16(int) { return scalar::spread_rows<bf16>; }
 #endif
 
 namespace {
 
-SparseRows sparse_rows_of(int level, int dtype, bool even, bool tiles) {
-    if (dtype == BF16) return sparse_rows_of_bf16(level, even, tiles);
+SparseRows sparse_rows_of(int level, int dtype, bool even, bool tiles, bool many) {
+    if (dtype == BF16) return sparse_rows_of_bf16(level, even, tiles, many);
     return dtype == FP16 ? WIDEST(level, sparse_rows_of<fp16, false>) : WIDEST(level, sparse_rows_of<float, false>);
 }
 SpreadRows spread_rows_of(int level, int dtype) {
@@ -58,7 +62,7 @@ SpreadRows spread_rows_of(int level, int dtype) {
 struct SparseCall final : Call {
     SparseLinear a;
     i64 bytes;
-    bool tiles;
+    bool tiles, many;  // rows of x
     SparseRows rows;
     enum { PACK, MULTIPLY };
 
@@ -66,21 +70,33 @@ struct SparseCall final : Call {
         : a(a),
           bytes(row_bytes(a.sparse, a.n, a.k, element_bytes(dtype))),
           tiles(expands_16(level, dtype) && on_tiles(level, dtype, a.m, a.n)),
-          rows(sparse_rows_of(level, dtype, a.sparse.per_word > 0, tiles)) {}
+          many(tiles && a.m > (a.k > SHORT_K ? FEW_M : SHORT_FEW_M) && a.n >= PANEL_ROWS),
+          rows(sparse_rows_of(level, dtype, a.sparse.per_word > 0, tiles, many)) {}
 
-    int useful_threads(int threads) const override { return ::useful_threads(a.n * bytes, threads); }
-    void lay_out(Scratch& scratch) override { a.packed = scratch.take<u32>(tiles ? packed_words(a.m, a.k) * 4 : 0); }
+    int useful_threads(int threads) const override { return ::useful_threads(a.n * bytes, a.m, threads); }
+    void lay_out(Scratch& scratch) override { a.packed = scratch.take<u32>(4 * words()); }
+    // Many rows of x are tiles as they lie there, unless zeros have to follow them or they are whole pages apart, and so
+    // in each other's way in every cache.
+    i64 words() const {
+        if (!many) return tiles ? packed_words(a.m, a.k) : 0;
+        return a.k % WORD || 2 * a.k % PAGE == 0 ? ceil_div(a.m, PANEL_ROWS) * PANEL_ROWS * a.sparse.words * WORD / 2 : 0;
+    }
 
     Span enqueue(Queue& queue, Span after) override {
-        after = queue.add(*this, PACK, tiles ? a.m : 0, ROWS, after);
-        const i64 row = tiles && a.m > FEW_M ? CHUNK_BYTES / MANY_ROWS : bytes;
-        return queue.add(*this, MULTIPLY, a.n, rows_per_chunk(row, a.n, queue.threads), after);
+        after = queue.add(*this, PACK, words() ? a.m : 0, ROWS, after);
+        if (!many) return queue.add(*this, MULTIPLY, a.n, rows_per_chunk(bytes, a.n, queue.threads), after);
+        const i64 fair = least(a.n / (4 * queue.threads), MANY_ROWS);
+        return queue.add(*this, MULTIPLY, a.n, most(1, fair / PANEL_ROWS) * PANEL_ROWS, after);
     }
 
     void run(int step, i64 begin, i64 end) const override {
-        if (step == PACK) return pack(a.x, a.k, nullptr, a.m, a.k, const_cast<u32*>(a.packed), begin, end);
+        if (step == PACK) return pack(const_cast<u32*>(a.packed), begin, end);
         if (tiles) hold_tiles(a.m);
         rows(a, begin, end);
+    }
+    void pack(u32* to, i64 begin, i64 end) const {
+        if (many) copy_tiles(a, to, begin, end);
+        else ::pack(a.x, a.k, nullptr, a.m, a.k, to, begin, end);
     }
 };
 
@@ -99,7 +115,7 @@ struct SpreadCall final : Call {
           row(k * element_bytes(dtype)),
           rows(spread_rows_of(level, dtype)) {}
 
-    int useful_threads(int threads) const override { return ::useful_threads(count * row, threads); }
+    int useful_threads(int threads) const override { return ::useful_threads(count * row, 1, threads); }
     Span enqueue(Queue& queue, Span after) override {
         return queue.add(*this, 0, count, rows_per_chunk(row, count, queue.threads), after);
     }

@@ -3,8 +3,12 @@
 #include "linear.h"
 
 constexpr i64 WORD = 32;         // columns of a mask
-constexpr i64 FEW_M = 128;       // rows of x up to which tiles expand W while they multiply, again for every 64 rows
-constexpr i64 MANY_ROWS = 256;   // of W in a chunk above that: panels of tiles, which share what they read of x
+constexpr i64 FEW_M = 64;        // rows of x up to which tiles expand W while they multiply,
+constexpr i64 SHORT_FEW_M = 32;  // of x where W has up to
+constexpr i64 SHORT_K = 2048;    // columns, whose streams are too short to be worth it
+constexpr i64 PANEL_ROWS = 32;   // of W that tiles multiply together above that
+constexpr i64 PAGE = 4096;
+constexpr i64 MANY_ROWS = 256;   // of W in a chunk then: panels share what they read of x
 
 struct Sparse {
     const u32* masks;   // [n, ceil(k / WORD)], lowest bit first

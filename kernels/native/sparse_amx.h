@@ -17,6 +17,22 @@ struct Expanding {
         }
     }
 
+    // `count` tiles from `word` on, each with rows and pairs of columns in each other's places.
+    void transposed(i64 word, i64 count, u32 (*to)[TILE_K / 2][ROWS]) {
+        for (i64 r = 0; r < ROWS; r++) __builtin_prefetch(masks[r] + word + 64);
+        for (i64 i = 0; i < count; i++) {
+            V tile[ROWS];
+            for (i64 r = 0; r < ROWS; r++) {
+                const u32 mask = masks[r][word + i];
+                __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + AHEAD_BYTES);
+                tile[r] = Spread<bf16>::pairs(mask, values[r]);
+                values[r] += __builtin_popcount(mask);
+            }
+            transpose(tile);
+            for (i64 pair = 0; pair < TILE_K / 2; pair++) store(reinterpret_cast<float*>(to[i][pair]), tile[pair]);
+        }
+    }
+
     // `count` tiles from `word` on.
     void strip(i64 word, i64 count, bf16 (*to)[ROWS][TILE_K]) {
         for (i64 r = 0; r < ROWS; r++) {
@@ -66,88 +82,119 @@ static void sparse_sixteen(const SparseLinear& a, i64 m, i64 n, i64 gap, i64 don
     }
 }
 
-// Many rows of x: a panel of W, 32 rows by DEPTH tiles, is expanded into the first-level cache and multiplied with up to
-// MOST_M rows of x. All panels of a chunk of W go one step along K before any takes the next, so that the second-level
-// cache holds what they read of x; their sums wait there as well.
-constexpr i64 DEPTH = 8;
+// Many rows of x: they are tiles as they lie in memory or copied (Tiles), and W's strips are transposed while they are
+// expanded. A panel of W, 32 rows by DEPTH tiles, lies in the first-level cache and is multiplied with up to MOST_M rows
+// of x. All panels of a chunk of W go one step along K before any takes the next, so that the second-level cache holds
+// what they read of x; their sums wait there as well.
+constexpr i64 DEPTH = 18;
 constexpr i64 MOST_M = 512;
-constexpr i64 PANELS = 8;
+constexpr i64 PANELS = MANY_ROWS / PANEL_ROWS;
+constexpr i64 SQUARE = 32 * TILE_K;  // elements of 32 rows of x that two tiles hold
+
+// Where x lies: elements from row to row and from word to word of the 32 rows from m on.
+struct Tiles {
+    const bf16* x;
+    i64 m, row, word;
+};
+static inline Tiles tiles_from(const SparseLinear& a, i64 m) {
+    if (a.packed) return {reinterpret_cast<const bf16*>(a.packed) + m * a.sparse.words * TILE_K, m, TILE_K, SQUARE};
+    const i64 last = least(m, a.m - 32);  // reaches back
+    return {static_cast<const bf16*>(a.x) + last * a.x_stride, last, a.x_stride, TILE_K};
+}
+
+// Rows begin .. end of x as tiles [ceil(m / 32), words, 32, TILE_K], zeros behind column k.
+static void copy_tiles(const SparseLinear& a, bf16* tiles, i64 begin, i64 end) {
+    const i64 words = a.sparse.words;
+    const u32 behind = a.k % TILE_K ? (1u << a.k % TILE_K) - 1 : ~0u;
+    for (i64 m = begin; m < end; m++) {
+        const bf16* from = static_cast<const bf16*>(a.x) + m * a.x_stride;
+        bf16* to = tiles + (m / 32 * words * 32 + m % 32) * TILE_K;
+        for (i64 word = 0; word < words; word++)
+            _mm512_store_si512(to + word * SQUARE, _mm512_maskz_loadu_epi16(word + 1 < words ? ~0u : behind, from + word * TILE_K));
+    }
+}
 
 struct Workplace {
-    alignas(64) bf16 w[2][DEPTH][ROWS][TILE_K];
-    alignas(64) float sums[PANELS][MOST_M / TILE_M][2][ROWS][TILE_M];
+    alignas(64) u32 w[2][DEPTH][TILE_K / 2][ROWS];  // two neighbours along K are a number
+    alignas(64) float sums[PANELS][MOST_M / TILE_M][2][TILE_M][ROWS];
 };
 
-// Two tiles of W against two of x, at `depth` neighbouring places along K.
-static inline void square(const Workplace& at, const u32* x, i64 ld, i64 depth, float (*sums)[2][ROWS][TILE_M], bool first) {
-    if (first) {
+// Two tiles of x against two of W, at `depth` neighbouring places along K.
+static inline void square(const Workplace& at, const Tiles& tiles, i64 word, i64 depth, float (*sums)[2][TILE_M][ROWS]) {
+    if (!word) {
         zero_sums();
     } else {
-        _tile_loadd(0, sums[0][0], 4 * TILE_M);
-        _tile_loadd(1, sums[0][1], 4 * TILE_M);
-        _tile_loadd(2, sums[1][0], 4 * TILE_M);
-        _tile_loadd(3, sums[1][1], 4 * TILE_M);
+        _tile_loadd(0, sums[0][0], 4 * ROWS);
+        _tile_loadd(1, sums[0][1], 4 * ROWS);
+        _tile_loadd(2, sums[1][0], 4 * ROWS);
+        _tile_loadd(3, sums[1][1], 4 * ROWS);
     }
-    for (i64 i = 0; i < depth; i++, x += TILE_K / 2 * ld) {
-        _tile_loadd(W_TILE, at.w[0][i], 2 * TILE_K);
-        _tile_loadd(X_TILE, x, ld * 4);
-        _tile_dpbf16ps(0, W_TILE, X_TILE);
-        _tile_loadd(W_TILE_2, at.w[1][i], 2 * TILE_K);
-        _tile_dpbf16ps(1, W_TILE_2, X_TILE);
-        _tile_loadd(X_TILE_2, x + TILE_M, ld * 4);
-        _tile_dpbf16ps(2, W_TILE, X_TILE_2);
-        _tile_dpbf16ps(3, W_TILE_2, X_TILE_2);
+    const bf16* x = tiles.x + word * tiles.word;
+    for (i64 i = 0; i < depth; i++, x += tiles.word) {
+        _tile_loadd(X_TILE, x, 2 * tiles.row);
+        _tile_loadd(W_TILE, at.w[0][i], 4 * ROWS);
+        _tile_dpbf16ps(0, X_TILE, W_TILE);
+        _tile_loadd(W_TILE_2, at.w[1][i], 4 * ROWS);
+        _tile_dpbf16ps(1, X_TILE, W_TILE_2);
+        _tile_loadd(X_TILE_2, x + TILE_M * tiles.row, 2 * tiles.row);
+        _tile_dpbf16ps(2, X_TILE_2, W_TILE);
+        _tile_dpbf16ps(3, X_TILE_2, W_TILE_2);
     }
-    _tile_stored(0, sums[0][0], 4 * TILE_M);
-    _tile_stored(1, sums[0][1], 4 * TILE_M);
-    _tile_stored(2, sums[1][0], 4 * TILE_M);
-    _tile_stored(3, sums[1][1], 4 * TILE_M);
+    _tile_stored(0, sums[0][0], 4 * ROWS);
+    _tile_stored(1, sums[0][1], 4 * ROWS);
+    _tile_stored(2, sums[1][0], 4 * ROWS);
+    _tile_stored(3, sums[1][1], 4 * ROWS);
 }
 
-// As `put`, 16 neighbouring outputs of up to 16 rows of x.
-static inline void put_tile(const Linear& a, i64 m0, i64 n, const float (*sums)[TILE_M]) {
-    V rows[ROWS];
-    for (i64 r = 0; r < ROWS; r++) rows[r] = load(sums[r]);
-    transpose(rows);
-    V bias = splat(0.0f);
-    if (a.bias) bias = a.bias_is_fp32 ? load(static_cast<const float*>(a.bias) + n) : load(static_cast<const bf16*>(a.bias) + n);
-    for (i64 m = m0; m < least(a.m, m0 + TILE_M); m++) {
-        const i64 at = m * a.y_stride + n;
-        if (a.y_is_fp32) store(static_cast<float*>(a.y) + at, rows[m - m0] + bias);
-        else store(static_cast<bf16*>(a.y) + at, rows[m - m0] + bias);
+// As `put`, 32 neighbouring outputs of up to 16 rows of x. Sums of tiles are never subnormal, which the conversion would lose.
+static inline void put_rows(const Linear& a, i64 m0, i64 n, const float (*sums)[TILE_M][ROWS]) {
+    alignas(64) float bias[2 * ROWS];
+    for (i64 i = 0; i < 2 * ROWS; i++) bias[i] = bias_at<bf16>(a.bias, a.bias_is_fp32, n + i);
+    for (i64 m = 0; m < least(TILE_M, a.m - m0); m++) {
+        const i64 at = (m0 + m) * a.y_stride + n;
+        const V low = load(sums[0][m]) + load(bias), high = load(sums[1][m]) + load(bias + ROWS);
+        if (a.y_is_fp32) {
+            store(static_cast<float*>(a.y) + at, low);
+            store(static_cast<float*>(a.y) + at + ROWS, high);
+        } else {
+            _mm512_storeu_si512(static_cast<bf16*>(a.y) + at, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+        }
     }
 }
 
-// `panels` times 32 rows of W from n0 on against MOST_M rows of x from m0 on.
+// `panels` times 32 rows of W from n0 on against up to MOST_M rows of x from m0 on, a multiple of 32.
 static void sparse_panels(const SparseLinear& a, i64 m0, i64 n0, i64 panels) {
     static thread_local Workplace at;
-    const i64 ld = row_words(a.m), rows = least(MOST_M, a.m - m0);
+    const i64 words = a.sparse.words, step = ceil_div(words, ceil_div(words, DEPTH));
+    const i64 squares = ceil_div(least(MOST_M, a.m - m0), 32);
     Expanding halves[PANELS][2];
     for (i64 p = 0; p < panels; p++)
         for (i64 half = 0; half < 2; half++) halves[p][half] = Expanding(a.sparse, n0 + (2 * p + half) * ROWS, 1);
-    for (i64 word = 0; word < a.sparse.words; word += DEPTH) {
-        const i64 depth = least(DEPTH, a.sparse.words - word);
+    for (i64 word = 0; word < words; word += step) {
+        const i64 depth = least(step, words - word);
         for (i64 p = 0; p < panels; p++) {
-            for (i64 half = 0; half < 2; half++) halves[p][half].strip(word, depth, at.w[half]);
-            for (i64 m = m0; m < m0 + rows; m += 2 * TILE_M) {
-                const u32* x = a.packed + m / BLOCK_M * BLOCK_M * row_pairs(a.k) + m % BLOCK_M + word * TILE_K / 2 * ld;
-                square(at, x, ld, depth, at.sums[p] + (m - m0) / TILE_M, word == 0);
-            }
+            for (i64 half = 0; half < 2; half++) halves[p][half].transposed(word, depth, at.w[half]);
+            for (i64 s = 0; s < squares; s++) square(at, tiles_from(a, m0 + 32 * s), word, depth, at.sums[p] + 2 * s);
         }
     }
-    for (i64 p = 0; p < panels; p++)
-        for (i64 m = 0; m < rows; m += TILE_M)
-            for (i64 half = 0; half < 2; half++)
-                put_tile(a, m0 + m, n0 + (2 * p + half) * ROWS, at.sums[p][m / TILE_M][half]);
+    for (i64 t = 0; t < 2 * squares; t++)  // neighbouring outputs of a row of x together: they share pages
+        for (i64 p = 0; p < panels; p++) put_rows(a, tiles_from(a, m0 + t / 2 * 32).m + t % 2 * TILE_M, n0 + p * PANEL_ROWS, at.sums[p][t]);
 }
 
-// Rows begin .. end; what is left at W's end is a tile that reaches back.
+// Rows begin .. end for few rows of x; what is left at W's end is a tile that reaches back.
 static void sparse_rows_of(const SparseLinear& a, i64 begin, i64 end) {
-    for (i64 panels; a.m > FEW_M && (panels = least(PANELS, (end - begin) / (2 * ROWS))); begin += panels * 2 * ROWS)
-        for (i64 m = 0; m < a.m; m += MOST_M) sparse_panels(a, m, begin, panels);
     const i64 gap = (end - begin) / ROWS, left = (end - begin) % ROWS;
     for (i64 m = 0; m < a.m; m += BLOCK_M) {
         for (i64 n = begin; n < begin + gap; n++) sparse_sixteen(a, m, n, gap, 0);
         if (left) sparse_sixteen(a, m, end - ROWS, 1, ROWS - left);
+    }
+}
+
+// The same for many.
+static void sparse_rows_of_many(const SparseLinear& a, i64 begin, i64 end) {
+    const i64 panels = (end - begin) / PANEL_ROWS;
+    for (i64 m = 0; m < a.m; m += MOST_M) {
+        if (panels) sparse_panels(a, m, begin, panels);
+        if ((end - begin) % PANEL_ROWS) sparse_panels(a, m, end - PANEL_ROWS, 1);
     }
 }

@@ -120,6 +120,7 @@ def _opened(against: str, path: Path, llm: Any, context: int) -> Iterator[Side]:
     """The side that `against` names."""
     import torch
 
+    from ..convert import export
     from ..runtime.llm import LLM
 
     kind, threads = against.removeprefix(LLAMA_CPP).removeprefix(":") or "bf16", torch.get_num_threads()
@@ -127,7 +128,7 @@ def _opened(against: str, path: Path, llm: Any, context: int) -> Iterator[Side]:
         yield Transformers(path, llm.model.dtype, llm.model.device)
     elif against.startswith(LLAMA_CPP) and kind in KINDS:
         with tempfile.TemporaryDirectory(prefix="pared-") as folder:
-            write_gguf(Path(path), Path(folder) / "model.gguf", kind)
+            write_gguf(export(path, Path(folder) / "dense", progress=False), Path(folder) / "model.gguf", kind)
             file, name = Path(folder) / "model.gguf", f"{LLAMA_CPP} {kind}"
             exact = kind == "bf16"
             # Version 0.3.36 ends in a segmentation fault where it lays Q8_0 out for AMX.

@@ -53,12 +53,12 @@ def open_gguf(path: Path, context: int, threads: int, as_stored: bool) -> Any:
             "llama-cpp-python is not installed; build it for this machine with "
             "CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python"
         )
-    import llama_cpp
+    from llama_cpp import Llama, llama_cpp
 
     defaults = llama_cpp.llama_model_default_params()
     defaults.use_extra_bufts = not as_stored
     llama_cpp.llama_model_default_params = lambda: defaults  # Llama has no argument for it
-    return llama_cpp.Llama(str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+    return Llama(str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
 
 
 def _metadata(writer: Any, config: dict[str, Any]) -> None:

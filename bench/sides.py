@@ -162,6 +162,7 @@ def _serve_llama_cpp(pipe: Any, path: str, context: int, threads: int, as_stored
             prompt, new_tokens = pipe.recv()
         except EOFError:
             return
+        model.reset()  # else it takes up the last round's prompt from its cache
         pipe.send(timed(_first(model.generate(prompt, top_k=1, temp=0.0), new_tokens)))
 
 

@@ -205,6 +205,13 @@ def apply_around(x: Tensor, prepared: Prepared, path: str, around: Around) -> Te
     return None
 
 
+def groups_of(prepared: Prepared) -> int:
+    """How many groups a prepared unit has."""
+    router = prepared.tensors[-2]
+    assert router is not None
+    return len(router)
+
+
 def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
     """Groups [start, stop), dim 2: their own router decides, results add up, the first shard has the down_bias."""
     groups = len(packed.tensors["router"])

@@ -92,13 +92,15 @@ def test_every_level_is_as_good_as_torch(unit, level, monkeypatch):
     monkeypatch.setattr(library, "load", lambda: NATIVE.at(level))
     packed = routed_ffn.encode(unit)
     prepared = routed_ffn.prepare(packed, "cpu")
-    for rows in (1, 5, 20):
-        x = torch.randn(rows, unit.modules["m"][1], generator=torch.Generator().manual_seed(rows))
-        x = x.to(unit.tensors["up"].dtype)
-        with poisoned():
-            y = routed_ffn.apply(x, prepared, "m")
-        own, truth = (routed_ffn.reference(given, packed, "m") for given in (x, x.float()))
-        assert_as_good(y, own, truth, rounds_inside=True)
+    inputs, dtype = unit.modules["m"][1], unit.tensors["up"].dtype
+    for rows in (1, 4, 20):
+        found = []
+        for seed in range(4):  # one row alone may be lucky
+            x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            with poisoned():
+                y = routed_ffn.apply(x, prepared, "m")
+            found.append((y, routed_ffn.reference(x, packed, "m"), routed_ffn.reference(x.float(), packed, "m")))
+        assert_as_good(*(torch.cat(tensors) for tensors in zip(*found, strict=True)), rounds_inside=True)
 
 
 @pytest.mark.parametrize("tau", [0.2, 0.5, 0.9])

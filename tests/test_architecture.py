@@ -22,6 +22,10 @@ SAME_ROOM = {
     "embedding": "families",
     "sentence_layout": "families",
     "terminal": "cli",
+    "options": "cli",
+    "folders_cli": "cli",
+    "running_cli": "cli",
+    "measuring_cli": "cli",
     "kernels_cli": "cli",
     "serve_cli": "cli",
 }
@@ -44,7 +48,11 @@ ONLY_IN = {
     "triton": {"kernels", "bench"},
     "transformers": {"converters", "runtime/text.py", "hf.py", "bench"},
     "gguf": {"converters", "bench/llama_cpp.py"},
-    "typer": {"cli.py", "kernels_cli.py", "serve_cli.py"},
+    "typer": {
+        "cli.py",
+        "options.py",
+        *(f"{part}_cli.py" for part in ("folders", "running", "measuring", "kernels", "serve")),
+    },
     "fastapi": {"runtime/server"},
     "starlette": {"runtime/server"},
     "uvicorn": {"runtime/server"},

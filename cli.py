@@ -32,7 +32,7 @@ app.command()(running_cli.generate)
 app.command()(running_cli.chat)
 app.command()(running_cli.embed)
 app.command("eval")(measuring_cli.evaluate)
-app.command()(measuring_cli.bench)
+app.add_typer(measuring_cli.bench)
 app.add_typer(kernels_cli.app)
 
 

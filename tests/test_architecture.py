@@ -61,6 +61,7 @@ ONLY_IN = {
     "llguidance": {"runtime/guided.py"},
     "rich": {"terminal.py"},
     "matplotlib": {"bench"},
+    "httpx2": {"bench"},
     "lm_eval": {"harness.py"},
     "datasets": {"bench/data.py"},
     "pyarrow": {"runtime/texts.py"},

@@ -114,6 +114,7 @@ setup(
         PKG: ["py.typed"],
         f"{PKG}.kernels.native": ["*.cpp", "*.h"],
         f"{PKG}.bench": ["tasks/*.yaml"],
+        f"{PKG}.runtime.server": ["web/*"],
     },
     install_requires=[
         "torch>=2.11,<2.16",

@@ -159,14 +159,19 @@ def _spread(name: str, ms: np.ndarray[Any, Any]) -> dict[str, float | None]:
 
 
 def title(result: Mapping[str, Any]) -> str:
-    """The heading of the table."""
-    return f"{result['model_id']} at {result['base_url']}, {result['num_prompts']} requests at each rate"
+    """The heading of the table: what was asked where, and what a good answer keeps."""
+    asked = f"{result['model_id']} at {result['base_url']}, {result['num_prompts']} requests at each rate"
+    return asked + (f"; good: {goals(result)}" if result["goodput"] else "")
+
+
+def goals(result: Mapping[str, Any]) -> str:
+    """What a good answer keeps."""
+    return ", ".join(f"{TIMES[what]} <= {most:g} ms" for what, most in result["goodput"].items())
 
 
 def columns(result: Mapping[str, Any]) -> tuple[str, ...]:
     """Of the table, which tells goodput only where goals were set."""
-    goals = ", ".join(f"{TIMES[what]} <= {most:g} ms" for what, most in result["goodput"].items())
-    return (*COLUMNS, f"good/s ({goals})") if goals else COLUMNS
+    return (*COLUMNS, "good/s") if result["goodput"] else COLUMNS
 
 
 def lines(result: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .serving import PERCENTILES, TIMES
+from .serving import PERCENTILES, TIMES, title
 
 STYLES = {50: ("#0072b2", "-"), 90: ("#e69f00", "--"), 99: ("#d55e00", ":")}  # told apart in grey, too
 NAMES = {"ttft": "time to first token", "tpot": "time per output token", "itl": "between pieces", "e2el": "end to end"}
@@ -37,23 +37,21 @@ def picture(result: Mapping[str, Any]) -> Any:
         _line(requests, [row["request_goodput"] for row in rows], "good", "#cc79a7", "--")
     requests.set_title("requests/s", loc="left", fontsize=10)
     for axes in panels.flat:
-        axes.set_xticks(range(len(rows)), [f"{row['request_rate']}" for row in rows])
+        axes.set_xticks(range(len(rows)), [_rate(row["request_rate"]) for row in rows])
         axes.set(ylim=(0, None), xlabel="requests/s that came")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.92")
     panels.flat[0].legend(frameon=False)
     if result["goodput"]:
         requests.legend(frameon=False)
-    figure.suptitle(f"{result['model_id']}, {result['num_prompts']} requests at each rate", x=0.01, ha="left")
+    figure.suptitle(title(result), x=0.01, ha="left", fontsize=11)
     return figure
 
 
 def _line(axes: Any, values: list[float | None], label: str, color: str, style: str) -> None:
-    axes.plot(
-        range(len(values)),
-        [float("nan") if v is None else v for v in values],
-        style,
-        color=color,
-        label=label,
-        marker="o",
-    )
+    ys = [float("nan") if value is None else value for value in values]
+    axes.plot(range(len(ys)), ys, style, color=color, label=label, marker="o", clip_on=False)
+
+
+def _rate(rate: float | str) -> str:
+    return "all at once" if isinstance(rate, str) else f"{rate:g}"

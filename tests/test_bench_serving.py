@@ -123,7 +123,7 @@ def test_the_command(pared: Run, address: str, tmp_path: Path) -> None:
     asked = ("bench", "serve", address, "--text", text, "--api-key", "secret", *few)
     status, table, err = pared(*asked, "--goodput", "ttft:60000", "--goodput", "tpot:0", "--out", out, "--plot", plot)
     assert status == 0, err
-    assert "TTFT p50/p90/p99, ms" in table and "good/s (TTFT <= 60000 ms, TPOT <= 0 ms)" in table
+    assert "TTFT p50/p90/p99, ms" in table and "good: TTFT <= 60000 ms, TPOT <= 0 ms" in table
     told = json.loads(out.read_text())
     assert told["goodput"] == {"ttft": 60000, "tpot": 0}
     assert [(row["completed"], row["request_goodput"]) for row in told["rates"]] == [(4, 0.0)] * 2

@@ -114,7 +114,7 @@ setup(
         PKG: ["py.typed"],
         f"{PKG}.kernels.native": ["*.cpp", "*.h"],
         f"{PKG}.bench": ["tasks/*.yaml"],
-        f"{PKG}.runtime.server": ["web/*"],
+        f"{PKG}.runtime.server": ["web/*", "deploy/*"],
     },
     install_requires=[
         "torch>=2.11,<2.16",

@@ -77,8 +77,9 @@ class Tab:
         return told["result"].get("value")
 
     def text(self, selector: str) -> str:
-        """What an element shows, as innerText has it: "" where it is hidden."""
-        return str(self.run(f"document.querySelector({json.dumps(selector)}).innerText"))
+        """What an element shows: "" where it is hidden."""
+        found = f"document.querySelector({json.dumps(selector)})"
+        return str(self.run(f"{found}.checkVisibility() ? {found}.innerText : ''"))
 
     def until(self, code: str, seconds: float = 120) -> None:
         """Wait for an expression to become true."""

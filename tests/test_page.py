@@ -186,7 +186,10 @@ def test_it_shows_what_metrics_and_the_folder_say(tab: Tab, address: str, tiny_f
     opened(tab, address)
     told = httpx.get(f"{address}/metrics").text
     answered = sum(float(n) for n in re.findall(r"^pared:request_success_total\{.*\} (\S+)$", told, re.MULTILINE))
-    assert tab.text("#tile-requests").split("\n")[1:] == ["0 running", f"0 waiting, {answered:g} answered"]
+    assert [line for line in tab.text("#tile-requests").split("\n") if line][1:] == [
+        "0 running",
+        f"0 waiting, {answered:g} answered",
+    ]
     assert tab.text("#state") == "ready" and tab.text("#kv").endswith("%")
     with open_folder(tiny_folder) as folder:
         report = folder_report(folder)
@@ -216,16 +219,29 @@ def test_errors_are_shown_and_the_text_is_kept(tab: Tab, address: str) -> None:
     assert tab.run("document.getElementById('send').disabled") is False
 
 
+ENDLESS = """
+const asking = fetch;
+const endless = (body) => body.replace("{", '{"ignore_eos": true, ');
+window.fetch = (path, options) => asking(path, options?.body ? { ...options, body: endless(options.body) } : options);
+"""
+STOP_AT_ONCE = """
+new Promise((done) => {
+  const said = () => document.querySelector("#log .assistant")?.textContent;
+  const look = () => (said() ? done($("stop").click()) : setTimeout(look));
+  look();
+})
+"""
+
+
 def test_an_answer_can_be_stopped(tab: Tab, address: str) -> None:
     opened(tab, address)
-    tab.run("window.fetchOnce = fetch; window.fetch = (path, o) => fetchOnce(path, o && o.body ? {...o, body:"
-            " o.body.replace('{', '{\"ignore_eos\": true, ')} : o)")  # fmt: skip
+    tab.run(ENDLESS)
     fill(tab, say="tell", max_tokens=230)
     submit(tab, "talk-form")
-    tab.until("document.querySelectorAll('#log .assistant').length && document.getElementById('log').innerText")
-    tab.run("document.getElementById('stop').click()")
-    tab.until("document.getElementById('stop').disabled && !stopping")
-    assert tab.text("#trouble") == ""
+    tab.run(STOP_AT_ONCE)
+    tab.until("stopping === null")
+    assert tab.text("#trouble") == "" and tab.run("document.querySelectorAll('#log .quiet').length") == 0
+    assert tab.run("messages.length") == 2  # what there is of it belongs to the conversation
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,11 @@ def bench_serve(
 ) -> None:
     """Sweep request rates against a server: latencies, throughput, and goodput for what is promised."""
     try:
-        from .bench import serving, serving_plot
+        from .bench import serving
         from .bench.client import Endpoint
+
+        if plot is not None:
+            from .bench import serving_plot
     except ImportError as error:
         raise BadParameter(f"measuring a server needs {error.name}: pip install 'pared[bench]'") from error
     options = {"max_tokens": max_tokens, "temperature": temperature, "ignore_eos": ignore_eos or None}

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from .serving import PERCENTILES, TIMES, title
 
 STYLES = {50: ("#0072b2", "-"), 90: ("#e69f00", "--"), 99: ("#d55e00", ":")}  # told apart in grey, too
@@ -19,8 +21,6 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 def picture(result: Mapping[str, Any]) -> Any:
     """Six panels over the rates, evenly spaced: four latencies, tokens, requests."""
-    from matplotlib.figure import Figure
-
     rows = result["rates"]
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     panels = figure.subplots(2, 3)

@@ -105,3 +105,10 @@ class EngineBusy(EngineError):
 
 class EngineStopped(EngineError):
     """The engine takes no more requests: it is about to end, or it has died."""
+
+
+# --- servers that pared asks --------------------------------------------------------------------
+
+
+class EndpointError(ParedError):
+    """A server is not there, refuses what it is asked, or breaks off."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import BadParameter
+from .options import JsonOption
 from .terminal import print_json, print_table
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ Shapes = Annotated[
 ]
 Rows = Annotated[str | None, typer.Option(metavar="M,M,...", help="Rows of x.", show_default="1,8,64")]
 DtypeOption = Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Of weights and activations.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command("list")

@@ -68,6 +68,8 @@ def serve(
         from .runtime.server.run import serve as run
     except ImportError as error:
         raise BadParameter(f"serving needs {error.name}: pip install 'pared[serve]'") from error
+    from .compact import open_folder
+    from .reports import folder_report
     from .runtime.llm import LLM
 
     llm = LLM(
@@ -92,4 +94,7 @@ def serve(
         drain_s=drain_seconds,
     )
     binding = Binding(host, port, socket, certificate, private_key, root_path)
-    run(service_of(llm, name or path.resolve().name, limits), binding, api_key_file, log_level.value)
+    service = service_of(llm, name or path.resolve().name, limits)
+    with open_folder(path) as folder:
+        service.folder = folder_report(folder).as_json()
+    run(service, binding, api_key_file, log_level.value)

@@ -87,6 +87,7 @@ TEST = [
     *SERVE,
     *GUIDED,
     "openai>=1.60",
+    "httpx2>=2.12",
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -96,7 +97,7 @@ TEST = [
     "numpy<2.4",  # the interpreter of triton 3.6 fails with newer ones
     "triton>=3.6; sys_platform == 'linux'",
 ]
-BENCH = ["matplotlib>=3.9", "pytest>=8.4", "pytest-benchmark>=5.1", SENTENCES]
+BENCH = ["matplotlib>=3.9", "httpx2>=2.12", "pytest>=8.4", "pytest-benchmark>=5.1", SENTENCES]
 
 setup(
     name=PKG,
@@ -113,6 +114,7 @@ setup(
         PKG: ["py.typed"],
         f"{PKG}.kernels.native": ["*.cpp", "*.h"],
         f"{PKG}.bench": ["tasks/*.yaml"],
+        f"{PKG}.runtime.server": ["web/*", "deploy/*"],
     },
     install_requires=[
         "torch>=2.11,<2.16",

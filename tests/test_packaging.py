@@ -144,6 +144,7 @@ def test_the_wheel_holds_pared_and_nothing_else(wheel: Path) -> None:
     modules = [p for p in ROOT.glob("*.py") if p.name != "setup.py"]
     modules += [p for folder in OUR_FOLDERS for p in (ROOT / folder).rglob("*.py") if p.parent.name != "suites"]
     sources = [*modules, *(ROOT / "kernels/native").glob("*.cpp"), *(ROOT / "kernels/native").glob("*.h")]
+    sources += [p for part in ("web", "deploy") for p in (ROOT / "runtime/server" / part).iterdir()]
     wanted = {f"pared/{path.relative_to(ROOT).as_posix()}" for path in (*sources, ROOT / "py.typed")}
     assert wanted <= set(held), wanted - set(held)
 

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from ... import __version__
 from ..params import SamplingParams
-from . import about, embed, generate, refusals
+from . import about, embed, generate, page, refusals
 from .limits import Keys
 from .middleware import Bounded, Guarded, Traced
 from .service import Service
@@ -39,6 +39,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     )
     app.state.service = service
     refusals.install(app, service.metrics)
+    app.include_router(page.routes(service))
     app.include_router(about.routes(service))
     if service.generator is not None:
         app.include_router(about.tokenizer_routes(service))

@@ -17,8 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .limits import Keys
 from .refusals import Refused
 
-OPEN = frozenset(("/health", "/ready", "/metrics"))
-"""Paths that need no key: load balancers and scrapers ask them."""
+OPEN = frozenset(("/", "/health", "/ready", "/metrics"))
+"""Paths that need no key: load balancers and scrapers ask them, and the page is where a browser's user gives one."""
 _GOOD_ID = re.compile(r"[\w.:-]{1,64}")
 
 log = logging.getLogger("pared.server")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .limits import Limits
 from .refusals import Refused
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Service:
     """A model under its name: an engine that generates, an encoder that embeds, or both.
 
-    ready: warmed up, and not about to end.
+    ready: warmed up, and not about to end. folder: what `pared inspect` knows of the model's folder, for the page.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Service:
     generator: AsyncEngine | None = None
     embedder: AsyncEmbedder | None = None
     ready: bool = False
+    folder: dict[str, Any] = field(default_factory=dict)
 
     @property
     def engine(self) -> AsyncEngine:

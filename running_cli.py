@@ -1,0 +1,149 @@
+"""`pared generate | chat | embed`: a folder at work."""
+
+from __future__ import annotations
+
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import DeviceOption, Dtype, DtypeOption, Folder, Int8HeadOption, StrictOption
+from .terminal import ask, print_table, say
+
+if TYPE_CHECKING:
+    from .runtime.llm import LLM
+    from .runtime.params import SamplingParams
+
+
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens to generate at most.", show_default="256")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: what the folder recommends.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens that together reach this probability.")]
+MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")]
+
+
+class Pooling(str, Enum):
+    """Of hidden states to one vector."""
+
+    weighted_mean = "weighted_mean"
+    mean = "mean"
+    last = "last"
+    cls = "cls"
+
+
+class Precision(str, Enum):
+    """Of stored vectors, as in sentence-transformers."""
+
+    float32 = "float32"
+    int8 = "int8"
+    uint8 = "uint8"
+    binary = "binary"
+    ubinary = "ubinary"
+
+
+def generate(
+    path: Folder,
+    prompt: Annotated[str, typer.Argument(help="What to continue.", show_default=False)],
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    as_chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    stream: Annotated[bool, typer.Option(help="Print text as it comes.")] = True,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    strict: StrictOption = False,
+    int8_head: Int8HeadOption = False,
+) -> None:
+    """Continue a prompt, or answer it with --chat."""
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    llm = _load(path, dtype, device, strict, int8_head)
+    params = _params(llm, {**options, "min_p": min_p, "seed": seed, "stop": stop and tuple(stop)})
+    asked: Any = llm.tokenizer.chat([{"role": "user", "content": prompt}]) if as_chat else prompt
+    if stream:
+        say(delta.text for delta in llm.stream(asked, params))
+    else:
+        print(llm.generate(asked, params)[0].text)
+
+
+def chat(
+    path: Folder,
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    strict: StrictOption = False,
+    int8_head: Int8HeadOption = False,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer; at the prompt it ends the talk, as Ctrl-D does."""
+    llm = _load(path, dtype, device, strict, int8_head)
+    params = _params(llm, {"max_tokens": max_tokens, "temperature": temperature, "seed": seed})
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    llm.tokenizer.chat([{"role": "user", "content": "?"}])  # no chat template: say so before the first question
+    print("Ctrl-C stops an answer, Ctrl-D ends, /new starts afresh")
+    while (line := ask()) is not None:
+        if line == "/new":
+            messages = list(opening)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
+
+
+def embed(
+    path: Folder,
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Texts: .txt (one a line), .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Argument(help="Vectors: .npy, or .parquet with the texts.")],
+    field: Annotated[str, typer.Option(help="Of JSON lines and parquet: where the text is.")] = "text",
+    prompt_name: Annotated[str | None, typer.Option(help="The folder's prompt of this name before each text.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="This before each text.")] = None,
+    pooling: Annotated[Pooling | None, typer.Option(help="Default: the folder's.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a text at most; default: the folder's.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length 1.")] = False,
+    dimensions: Annotated[int | None, typer.Option(help="The first so many dimensions (Matryoshka).")] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the vectors; int8 over the range of all.")
+    ] = Precision.float32,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    strict: StrictOption = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")] = False,
+) -> None:
+    """Turn a file of texts into vectors. What was interrupted goes on when it is started again."""
+    from .runtime.corpus import Options, embed_file
+    from .runtime.embed import Embedder
+
+    start = time.perf_counter()
+    options: dict[str, Any] = {"pooling": pooling and pooling.value, "max_length": max_length}
+    embedder = Embedder(path, dtype and dtype.value, device, strict, **options)
+    wanted = Options(field, prompt_name, prompt, normalize, dimensions, precision.value)
+    done = embed_file(embedder, source, out, wanted, overwrite=overwrite, progress=sys.stderr.isatty())
+    print_table(f"{out}", ("what", "how much"), done.rows(time.perf_counter() - start, embedder.max_length))
+
+
+def _load(path: Path, dtype: Dtype | None, device: str | None, strict: bool, int8_head: bool) -> LLM:
+    from .runtime.llm import LLM
+
+    return LLM(path, dtype=dtype and dtype.value, device=device, strict=strict, int8_head=int8_head)
+
+
+def _params(llm: LLM, options: dict[str, Any]) -> SamplingParams:
+    """The options that were given, over what the folder recommends."""
+    from .runtime.params import SamplingParams
+
+    given = {name: value for name, value in options.items() if value is not None}
+    return SamplingParams.from_dict(given, llm.default_params)
+
+
+def _answer(llm: LLM, messages: list[dict[str, Any]], params: SamplingParams) -> str:
+    return say(delta.text for delta in llm.stream(llm.tokenizer.chat(messages), params))

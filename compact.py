@@ -57,6 +57,7 @@ class TensorEntry:
 class UnitEntry:
     """A unit on disk. modules: path -> (N outputs, K inputs); tensors: role -> full tensor name.
 
+    covers: the model's linears whose place its modules take, where these are none themselves: path -> (N, K).
     why: what the conversion found in the weights, for people ("50.0 % zeros"); nothing depends on it.
     """
 
@@ -66,6 +67,12 @@ class UnitEntry:
     tensors: dict[str, str]
     params: dict[str, Any] = field(default_factory=dict)
     why: str = ""
+    covers: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Every linear of the model that this unit stands for."""
+        return self.covers or self.modules
 
     def has_bias(self, path: str) -> bool:
         """Whether the module's bias is among the tensors: under `bias`, or `bias.<path>` where modules share a unit."""
@@ -74,10 +81,13 @@ class UnitEntry:
     @classmethod
     def parse(cls, entry: dict[str, Any]) -> UnitEntry:
         """From JSON."""
-        modules = {path: (int(n), int(k)) for path, (n, k) in entry["modules"].items()}
+        modules, covers = (
+            {path: (int(n), int(k)) for path, (n, k) in shapes.items()}
+            for shapes in (entry["modules"], entry.get("covers", {}))
+        )
         tensors = {role: str(name) for role, name in entry["tensors"].items()}
         params, why = dict(entry["params"]), str(entry.get("why", ""))
-        return cls(str(entry["format"]), int(entry["version"]), modules, tensors, params, why)
+        return cls(str(entry["format"]), int(entry["version"]), modules, tensors, params, why, covers)
 
 
 @dataclass(frozen=True)
@@ -120,9 +130,9 @@ class Manifest:
         return sorted(name for name in self.files if name.endswith(".safetensors"))
 
     def tombstones(self) -> set[str]:
-        """The [0]-shaped `.weight` beside each compressed module, at which a stock loader stops."""
+        """The [0]-shaped `.weight` in place of each compressed linear, at which a stock loader stops."""
         compressed = (unit for unit in self.units if unit.format != STOCK_FORMAT)
-        return {f"{path}.weight" for unit in compressed for path in unit.modules}
+        return {f"{path}.weight" for unit in compressed for path in unit.linears}
 
     def into(self, config: dict[str, Any]) -> dict[str, Any]:
         """The model's config with this manifest in it, as config.json holds it."""

@@ -98,7 +98,7 @@ class FolderWriter:
 
     def add_unit(self, unit: UnitEntry, tensors: Mapping[str, torch.Tensor]) -> None:
         """Store a unit's tensors under their full names; those of a tied head are stored elsewhere already."""
-        stones = {f"{p}.weight": torch.zeros(0) for p in unit.modules} if unit.format != STOCK_FORMAT else {}
+        stones = {f"{p}.weight": torch.zeros(0) for p in unit.linears} if unit.format != STOCK_FORMAT else {}
         self._make_room(dict(tensors) | stones)
         self._open.units.append(unit)
 

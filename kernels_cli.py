@@ -78,10 +78,10 @@ def check_them(format: Format = None, rows: Rows = None, as_json: JsonOption = F
     """Hold formats to their contract on their own cases, on the path of this machine; exit code 1 on a failure."""
     ms = _rows(rows)
     from .bench import contract, samples
+    from .kernels import formats
 
-    checks = [
-        one for module in samples.chosen(format) for one in contract.check(module, ms or contract.ROWS, _device())
-    ]
+    modules = samples.chosen(format) if format else formats.FORMATS
+    checks = [one for module in modules for one in contract.check(module, ms or contract.ROWS, _device())]
     failed = sum(not one.passed for one in checks)
     if as_json:
         print_json([one._asdict() | {"passed": one.passed} for one in checks])

@@ -34,6 +34,7 @@ class Names:
     project_in: str = ""
     project_out: str = ""
     head: str = "lm_head"
+    ffn: str = "mlp"  # the whole FFN as one module; OPT has none of its own
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,16 @@ class Spec:
     def in_layers(self) -> set[str]:
         """The paths of the linears inside the layers: all but the head and the projections of embeddings."""
         return {linear.path for i in range(len(self.layers)) for linear in self._layer_linears(i)}
+
+    def ffns(self) -> dict[str, dict[str, Linear]]:
+        """Path of each layer's FFN as one module [hidden, hidden] -> the linears that it consists of."""
+        found = {}
+        for i in range(len(self.layers)):
+            own = {self.path(i, name) for name in (*self.names.ffn_in, self.names.ffn_out)}
+            found[self.path(i, self.names.ffn)] = {
+                linear.path: linear for linear in self._layer_linears(i) if linear.path in own
+            }
+        return found
 
     def _layer_linears(self, i: int) -> list[Linear]:
         layer = self.layers[i]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels import formats
 from ..kernels.dispatch import interpreting
 from ..kernels.unit import Packed, Prepared, Unit
 from . import truth
@@ -51,8 +52,9 @@ def check(module: ModuleType, rows: Sequence[int] = ROWS, device: str = "cpu") -
             continue
         runs: list[tuple[str, int | None, Callable[[], Iterator[Check]]]] = [
             ("storage", None, partial(_storage, module, unit)),
-            ("slice", None, partial(_slice, module, unit)),
         ]
+        if module in formats.LINEAR:
+            runs.append(("slice", None, partial(_slice, module, unit)))
         runs += [("apply", m, partial(_apply, module, unit, m, device)) for m in rows]
         runs += [("stack of 3", m, partial(_stack, module, unit, m, device)) for m in rows]
         for what, m, run in runs:

@@ -14,7 +14,7 @@ import torch
 
 from ..converters.low_rank import rank
 from ..errors import BadParameter
-from ..kernels import attention, bitmap, decode, dense, formats, fused, int8, shared_basis, two_four
+from ..kernels import attention, bitmap, decode, dense, formats, fused, int8, routed_ffn, shared_basis, two_four
 from ..kernels.unit import Around, Prepared, Unit
 
 PATH = "m"
@@ -77,20 +77,29 @@ def half_zero(n: int, k: int, dtype: torch.dtype, even: bool = True) -> Unit:
     return Unit({PATH: (n, k)}, {"weight": weight.where(kept, 0)})
 
 
+def ffn(n: int, k: int, dtype: torch.dtype) -> Unit:
+    """A gated FFN of n neurons over k inputs, its router as likely to wake a group as not. n a multiple of 8."""
+    size = next(size for size in reversed(routed_ffn.GROUP_SIZES) if n % size == 0)
+    tensors = {"gate": random((n, k), dtype), "up": random((n, k), dtype), "down": random((k, n), dtype)}
+    params = {"group_size": size, "tau": 0.5, "activation": "silu"}
+    return Unit({PATH: (k, k)}, tensors | {"router": random((n // size, k), torch.float32)}, params)
+
+
 SAMPLES: dict[str, dict[str, Callable[[int, int, torch.dtype], Unit]]] = {
     dense.NAME: {"": linear},
     shared_basis.NAME: {"factored": factored, "pivoted": pivoted},
     two_four.NAME: {"": two_of_four},
     bitmap.NAME: {"odd rows": partial(half_zero, even=False), "even rows": half_zero},
     int8.NAME: {"": lambda n, k, dtype: int8.quantize(linear(n, k, dtype))},
+    routed_ffn.NAME: {"": ffn},
 }
 """Format -> form -> how to make a unit [n, k] of a dtype that serves PATH."""
 
 
 def chosen(name: str | None) -> tuple[ModuleType, ...]:
-    """The format called `name`, or all. Raises BadParameter."""
+    """The format called `name`, or all whose samples are linear layers. Raises BadParameter."""
     try:
-        return formats.FORMATS if name is None else (formats.by_name(name),)
+        return formats.LINEAR if name is None else (formats.by_name(name),)
     except KeyError as error:
         raise BadParameter(error.args[0]) from error
 

@@ -12,12 +12,12 @@ from ..kernels.shared_basis import BIAS, COEFFICIENTS
 from ..kernels.unit import Packed, Unit
 
 TIE = 1.02
-"""Of formats that read so nearly the same the first of FORMATS is taken: it needs less arithmetic."""
+"""Of formats that read so nearly the same the first of LINEAR is taken: it needs less arithmetic."""
 
 
 def encode_linear(unit: Unit, format: str | None, transposed: bool) -> Packed:
     """A dense linear in the named format, or in the fitting one that reads the fewest bytes."""
-    candidates = (formats.by_name(format),) if format else formats.FORMATS
+    candidates = (formats.by_name(format),) if format else formats.LINEAR
     unsigned = _unsigned_zeros(unit)
     units = {module: unit if module is dense else unsigned for module in candidates}
     reasons = {module.NAME: module.fits(units[module]) for module in candidates}

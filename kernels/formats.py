@@ -8,12 +8,13 @@ A format file reads in one order: byte layout, encode and decode, reference, lau
     fits(unit) -> str | None            None, or one sentence that says why this unit does not fit
     encode(unit, **params) -> Packed    pure; the smallest exact form
     decode(packed) -> Unit              the unit again, bit for bit
-    weight(packed, path) -> W           the matrix [N, K] of module `path`, dense, in the stored dtype
+    weight(packed, path) -> W           the matrix [N, K] of module `path`, dense, in the stored dtype; of LINEAR only
     reference(x, packed, path) -> y     plain torch, fp32 accumulation: the definition of right.
                                         x [M, K] -> y [M, N] of module `path`, in x.dtype
     prepare(packed, device) -> Prepared laid out for the device; `outputs` has each path that `apply` takes
     stack(parts) -> Prepared | None     [(prepared, path), ...] that read the same input (q|k|v, gate|up) as one,
-                                        under the first path, outputs side by side; None where they differ
+                                        under the first path, outputs side by side; None where they differ, and
+                                        for an FFN always
     apply(x, prepared, path, wide=False) -> y
                                         x [M, K] -> y [M, sum(prepared.outputs[path])] in x.dtype, bias
                                         included; behind a torch.library op with a fake; chooses its
@@ -23,7 +24,8 @@ A format file reads in one order: byte layout, encode and decode, reference, lau
                                         own launches; None where the caller has to take them step by step
     slice(packed, path, dim, start, stop) -> Packed
                                         a shard for tensor parallelism: outputs (dim 0) or inputs (dim 1)
-                                        [start, stop) of module `path`; of input shards only the first has the bias
+                                        [start, stop) of module `path`; of input shards only the first has the bias.
+                                        Of an FFN its groups [start, stop) (dim 2), whose results add up likewise
     traffic(packed, m) -> Traffic       bytes of weights that `apply` reads for M = m rows, and flops
     cases() -> list[Unit]               small units that the generic contract tests run on
 
@@ -35,9 +37,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import bitmap, dense, int8, shared_basis, two_four
+from . import bitmap, dense, int8, routed_ffn, shared_basis, two_four
 
-FORMATS: tuple[ModuleType, ...] = (dense, shared_basis, int8, two_four, bitmap)
+LINEAR: tuple[ModuleType, ...] = (dense, shared_basis, int8, two_four, bitmap)
+"""Those whose modules are linear layers."""
+
+FORMATS: tuple[ModuleType, ...] = (*LINEAR, routed_ffn)
 
 
 def by_name(name: str) -> ModuleType:

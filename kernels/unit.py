@@ -15,17 +15,23 @@ import torch
 
 Shapes = dict[str, tuple[int, int]]
 
+FP32_ROLES = frozenset({"router"})
+"""Tensors that stay fp32 whatever dtype a model is loaded in: they decide, and half a digit would decide otherwise."""
+
 
 @dataclass(frozen=True)
 class Unit:
     """The weights that one format stores together, under their logical names.
 
     modules: module path -> (N outputs, K inputs), in output order.
-    tensors: a linear has `weight` [N, K] and perhaps `bias` [N].
+    tensors: a linear has `weight` [N, K] and perhaps `bias` [N]. An FFN is one module [N, K] and has `up` [F, K],
+    `down` [N, F], perhaps `gate` [F, K] and biases of each, and a `router` [G, K], fp32 in models of any dtype.
+    params: what the tensors do not say, JSON values only; a linear has none, an FFN its activation and its routing.
     """
 
     modules: Shapes
     tensors: dict[str, torch.Tensor]
+    params: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A unit laid out for one device: flat tensors and ints, the only things that reach an op.
+    """A unit laid out for one device: flat tensors and numbers, the only things that reach an op.
 
     outputs: for every path that `apply` takes, the widths of the fused outputs in order:
     q|k|v stacked under q's path has three widths, a lone linear one.
@@ -55,6 +61,7 @@ class Prepared:
     outputs: dict[str, tuple[int, ...]]
     tensors: tuple[torch.Tensor | None, ...]
     ints: tuple[int, ...] = ()
+    floats: tuple[float, ...] = ()
 
 
 class Around(NamedTuple):

@@ -31,7 +31,7 @@ def _compile(task: tuple[Setting, str, int]) -> tuple[str, int, float]:
     start = time.monotonic()
     sets = layer_of(setting.config(model))
     with torch.no_grad():
-        for side in sides_of((), formats.FORMATS):
+        for side in sides_of((), formats.LINEAR):
             with contextlib.suppress(Exception):  # whoever measures it will report it
                 for call in Layer(side, sets, m, setting).calls():
                     call()
@@ -63,5 +63,5 @@ def sweep(part: Part, setting: Setting) -> None:
 
 
 def _rows(part: Part, model: str, name: str, sets: Sets, setting: Setting, ceiling: float, m: int = 1) -> None:
-    for row in measure_sets(sets, m, sides_of(modules=formats.FORMATS), setting, ceiling):
+    for row in measure_sets(sets, m, sides_of(modules=formats.LINEAR), setting, ceiling):
         part.row(model=model, set=name, **row)

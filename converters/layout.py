@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 
 from ..errors import SourceError
-from ..kernels import dense, formats, shared_basis
+from ..kernels import dense, formats, routed_ffn, shared_basis
 from ..kernels.shared_basis import BIAS, COEFFICIENTS
-from ..kernels.unit import Packed, Unit
+from ..kernels.unit import FP32_ROLES, Packed, Unit
 
 TIE = 1.02
 """Of formats that read so nearly the same the first of LINEAR is taken: it needs less arithmetic."""
@@ -62,6 +63,17 @@ def encode_group(unit: Unit, dtype: torch.dtype, format: str | None, transposed:
         inputs = next(iter(unit.modules.values()))[1]
         unit = shared_basis.pivot(unit, torch.ones(inputs) if scale is None else scale)
     return [shared_basis.encode(_cast(unit, dtype))]
+
+
+def encode_ffn(unit: Unit, dtype: torch.dtype, format: str | None) -> Packed:
+    """A routed FFN, its matrices in `dtype` and its router in fp32."""
+    path = next(iter(unit.modules))
+    if format not in (None, routed_ffn.NAME):
+        raise SourceError(f"{path} is a routed FFN, which {format} does not store; leave --format out")
+    cast = {role: tensor if role in FP32_ROLES else tensor.to(dtype) for role, tensor in unit.tensors.items()}
+    if reason := routed_ffn.fits(replace(unit, tensors=cast)):
+        raise SourceError(f"{path}: {reason}")
+    return routed_ffn.encode(replace(unit, tensors=cast))
 
 
 def layout_sizes(unit: Unit, itemsize: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ from ..kernels.unit import Packed, Unit
 from ..spec import Linear, Spec
 from . import zeros
 from .finite import refuse_bad
-from .layout import encode_group, encode_linear
+from .layout import encode_ffn, encode_group, encode_linear
 from .sources.source import Source
 from .stream import Stream
 
@@ -73,7 +73,7 @@ class _Packing:
             notes,
         )
         self._linears = spec.linears()
-        self._inside = spec.in_layers()
+        self._inside, self._ffns = spec.in_layers(), spec.ffns()
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._embed = f"{spec.names.embed}.weight"
 
@@ -96,6 +96,9 @@ class _Packing:
         for role, tensor in unit.tensors.items():
             if tensor.is_floating_point():
                 _checked(f"{next(iter(unit.modules))}.{role}", tensor, self.dtype)
+        if unit.modules.keys() <= self._ffns.keys():
+            self._write(encode_ffn(unit, self.dtype or unit.tensors["up"].dtype, self.format))
+            return
         dtype = self.dtype or unit.tensors["basis"].dtype
         for packed in encode_group(unit, dtype, self.format, self.spec.transposed):
             if not self.writer.holds(next(iter(packed.modules))):
@@ -122,7 +125,10 @@ class _Packing:
 
     def _write(self, packed: Packed, why: str = "") -> None:
         names = {role: _disk_name(next(iter(packed.modules)), role) for role in packed.tensors}
-        entry = UnitEntry(packed.format, packed.version, packed.modules, names, packed.params, why)
+        covers = {
+            linear.path: (linear.n, linear.k) for path in packed.modules for linear in self._ffns.get(path, {}).values()
+        }
+        entry = UnitEntry(packed.format, packed.version, packed.modules, names, packed.params, why, covers)
         self.writer.add_unit(entry, {names[role]: tensor for role, tensor in packed.tensors.items()})
 
 

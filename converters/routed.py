@@ -10,7 +10,7 @@ changes nothing but the order of a sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from ..errors import BadParameter
 from ..kernels.fused import ACTIVATIONS
+from ..kernels.unit import Unit
 from ..spec import Spec
-from .modelling import replace_linear, weight_of
 
 Rule = Callable[["RoutedMlp", torch.Tensor, torch.Tensor], torch.Tensor]
 """(module, x [..., K], neurons [..., F]) -> how much of each group counts, [..., groups]."""
@@ -86,52 +86,42 @@ def routed(model: nn.Module) -> dict[str, RoutedMlp]:
     return {path: module for path, module in model.named_modules() if isinstance(module, RoutedMlp)}
 
 
-def ffn_path(spec: Spec, i: int) -> str:
-    """The module that a layer's FFN is, and that a RoutedMlp replaces: OPT has none, its first matrix stands for it."""
-    first = spec.path(i, spec.names.ffn_in[0])
-    return first.rpartition(".")[0] if "." in spec.names.ffn_in[0] else first
+def place(spec: Spec, i: int) -> str:
+    """The module of layer i that a RoutedMlp replaces: OPT has none for its FFN, so its first matrix has to serve."""
+    return spec.path(i, spec.names.ffn if "." in spec.names.ffn_in[0] else spec.names.ffn_in[0])
 
 
-def first_weight(model: PreTrainedModel, spec: Spec, i: int) -> torch.Tensor:
-    """The matrix [F, K] whose rows say which neurons are alike: the gate, or the only one of the first step."""
-    return next(iter(_inputs(model, spec, i)))[0]
+@torch.no_grad()
+def awake(model: PreTrainedModel, windows: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Which groups each token wakes under the model's rules: path of a routed FFN -> bool [tokens, groups].
 
-
-def route(model: PreTrainedModel, spec: Spec, i: int, order: torch.Tensor, groups: Groups) -> RoutedMlp:
-    """Put a RoutedMlp in the place of layer i's FFN, its neurons in `order`, int64 [F]; new parameters are copies.
-
-    Raises BadParameter where the FFN is compressed already, or groups do not divide it.
+    windows: batches of tokens, int64 [B, T].
     """
-    *gate, up = [_linear(weight[order], bias if bias is None else bias[order]) for weight, bias in _inputs(model, spec, i)]
-    path = spec.path(i, spec.names.ffn_out)
-    bias = model.get_parameter(f"{path}.bias").detach() if spec.ffn_out_bias else None
-    down = _linear(weight_of(model, path, spec.transposed)[:, order], bias)
-    module = RoutedMlp(gate[0] if gate else None, up, down, spec.act, groups)
-    replace_linear(model, ffn_path(spec, i), module)
-    if ffn_path(spec, i) == spec.path(i, spec.names.ffn_in[0]):
-        for name in (spec.names.ffn_out, "activation_fn"):
-            replace_linear(model, spec.path(i, name), nn.Identity())
-    return module
+    found: dict[str, list[torch.Tensor]] = {}
+    for tokens in windows:
+        model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+        for path, module in routed(model).items():
+            found.setdefault(path, []).append(
+                (module.shares > module.groups.tau).view(-1, module.shares.shape[-1]).cpu()
+            )
+    return {path: torch.cat(parts) for path, parts in found.items()}
 
 
-def _inputs(model: PreTrainedModel, spec: Spec, i: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """(weight [F, K], bias [F]) of gate and up, or of the one matrix that is there, however the family stores them."""
-    for name in spec.names.ffn_in:
-        path = spec.path(i, name)
-        if not hasattr(model.get_submodule(path), "weight"):
-            raise BadParameter(f"{path} is compressed already; give --method lte before the one that did it")
-        weight = weight_of(model, path, spec.transposed)
-        bias = model.get_parameter(f"{path}.bias").detach() if spec.ffn_in_bias else None
-        parts = len(weight) // spec.layers[i].ffn
-        biases = bias.chunk(parts) if bias is not None else [None] * parts
-        yield from zip(weight.chunk(parts), biases, strict=True)
+def routed_units(model: nn.Module, spec: Spec) -> dict[str, Unit]:
+    """The routed FFNs of a model as units of the format routed_ffn, by the modules that they are in the model."""
+    found = routed(model)
+    places = {place(spec, i): path for i, path in enumerate(spec.ffns())}
+    return {at: _unit(places[at], module) for at, module in found.items()}
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A linear of these tensors [N, K] and [N]."""
-    outputs, inputs = weight.shape
-    made = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return made
+def _unit(path: str, module: RoutedMlp) -> Unit:
+    tensors = {"router": module.router.weight.detach()}
+    for role in ("gate", "up", "down"):
+        linear = getattr(module, role)
+        if linear is not None:
+            tensors[role] = linear.weight.detach()
+            if linear.bias is not None:
+                tensors[f"{role}_bias"] = linear.bias.detach()
+    hidden = module.up.in_features
+    params = {"group_size": module.groups.size, "tau": module.groups.tau, "activation": module.act}
+    return Unit({path: (hidden, hidden)}, tensors, params)

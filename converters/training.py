@@ -90,6 +90,7 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         if not math.isfinite(loss) or not torch.isfinite(norm):
             _copy(good, trained)
+            optimizer.zero_grad()
             return losses, f"the loss of step {step} was {loss}, its gradient {norm.item()}; try a smaller lr"
         _copy(trained, good)
         optimizer.step()

@@ -97,12 +97,18 @@ class _Packing:
             if tensor.is_floating_point():
                 _checked(f"{next(iter(unit.modules))}.{role}", tensor, self.dtype)
         if unit.modules.keys() <= self._ffns.keys():
-            self._write(encode_ffn(unit, self.dtype or unit.tensors["up"].dtype, self.format))
+            self._add_ffn(next(iter(unit.modules)), unit)
             return
         dtype = self.dtype or unit.tensors["basis"].dtype
         for packed in encode_group(unit, dtype, self.format, self.spec.transposed):
             if not self.writer.holds(next(iter(packed.modules))):
                 self._write(packed)
+
+    def _add_ffn(self, path: str, unit: Unit) -> None:
+        linears = list(self._ffns[path].values())
+        for packed in encode_ffn(unit, linears, self.dtype or unit.tensors["up"].dtype, self.format):
+            if not self.writer.holds(next(iter(packed.modules))):
+                self._write(packed, "" if path in packed.modules else "every group in, without its router")
 
     def _add_plain(self, name: str, tensor: torch.Tensor) -> None:
         if self.writer.holds(name):

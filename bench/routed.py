@@ -21,7 +21,16 @@ from .tables import Table
 RESULTS = ROOT / "bench" / "results" / "quality_routed"
 WORK = ROOT / ".data" / "routed"
 SIZE, TOKENS, LENGTH = 32, 204_800, 512
-TRAINING = {"lr": 3e-5, "router_lr": 2e-3, "batch": 2, "accumulate": 2, "length": LENGTH, "tokens": TOKENS}
+TRAINING = {
+    "start": 0.65,
+    "lam": 0.02,
+    "lr": 5e-5,
+    "router_lr": 5e-3,
+    "batch": 2,
+    "accumulate": 2,
+    "length": LENGTH,
+    "tokens": TOKENS,
+}
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 UNION_LENGTH = 128  # tokens of each of the 64 texts whose groups are united
 KINDS = {

@@ -228,15 +228,13 @@ def static_trained(setting: Setting) -> Any:
     from ..converters.record import Record
     from ..converters.routed import routed
 
-    model = grouped(finetuned((1,)), setting, static)
-    chosen = {}
-    for path, module in routed(model).items():
-        neurons = torch.empty(1, module.up.out_features)
-        chosen[path] = module.rule(module, None, neurons)
-    kept = {id(module): chosen[path] for path, module in routed(model).items()}
+    model, kept = grouped(finetuned((1,)), setting, static), dict[int, torch.Tensor]()
+    for module in routed(model).values():
+        x, neurons = torch.empty(1, module.up.in_features), torch.empty(1, module.up.out_features)
+        kept[id(module)] = module.rule(module, x, neurons)[0]
 
     def rule(mlp: Any, _: Any, neurons: torch.Tensor) -> torch.Tensor:
-        return kept[id(mlp)][0].expand(*neurons.shape[:-1], -1)
+        return kept[id(mlp)].expand(*neurons.shape[:-1], -1)
 
     record = Record(WORK / f"static-{setting.name}")
     lte.train_stage(model, calibration(), record, params(setting), 2, progress=True, rule=rule)

@@ -31,7 +31,9 @@ def by_sparsity(results: Mapping[str, Any]) -> Any:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_locator(LogLocator(subs=()))
-    axes.set(xlim=(0, 100), xlabel="groups of an FFN that a token leaves out (%)", ylabel="perplexity (lower is better)")
+    axes.set(
+        xlim=(0, 100), xlabel="groups of an FFN that a token leaves out (%)", ylabel="perplexity (lower is better)"
+    )
     axes.set_title("Which groups a token does without: SmolLM2-135M, LTE", loc="left", **TITLE)
     under = "BoolQ dev passages; every choice has the router's number of groups in each layer"
     axes.text(0, 1.02, under, transform=axes.transAxes, color="0.4", fontsize=9)

@@ -93,7 +93,10 @@ def _without_router(unit: Unit, linears: Sequence[Linear]) -> list[Unit]:
         if ins[0].bias:
             biases[ins[0].path] = torch.cat([unit.tensors[f"{role}_bias"] for role in roles])
     return [
-        Unit({path: tuple(weight.shape)}, {"weight": weight} | ({"bias": biases[path]} if path in biases else {}))
+        Unit(
+            {path: (weight.shape[0], weight.shape[1])},
+            {"weight": weight} | ({"bias": biases[path]} if path in biases else {}),
+        )
         for path, weight in parts.items()
     ]
 

@@ -69,10 +69,10 @@ def under(model: PreTrainedModel, rule: Rule) -> PreTrainedModel:
     return model
 
 
-def open_share(model: PreTrainedModel) -> float:
-    """Share of groups that the last call let in, averaged over layers."""
+def live(model: PreTrainedModel) -> dict[str, str]:
+    """For the progress bar: the share of groups that the last call let in, averaged over layers."""
     shares = [(module.shares > module.groups.tau).float().mean().item() for module in routed(model).values()]
-    return sum(shares) / max(1, len(shares))
+    return {"open": f"{sum(shares) / len(shares):.1%}"} if shares else {}
 
 
 def changed(model: PreTrainedModel, what: Trained) -> dict[str, torch.Tensor]:

@@ -42,7 +42,7 @@ def begin(
         return
     weights = ((i, first_weight(model, spec, i)) for i in layers)
     bar = tqdm(weights, "grouping", len(layers), unit="layer", disable=not progress)
-    orders = {f"order.{place(spec, i)}": balanced_order(weight, groups.size, seed) for i, weight in bar}
+    orders = {f"order.{place(spec, i)}": balanced_order(weight.cpu(), groups.size, seed) for i, weight in bar}
     _route(model, spec, layers, orders, groups)
     start_routers(model, windows, share, progress)
     routers = {f"router.{path}": module.router.weight for path, module in routed(model).items()}

@@ -125,6 +125,11 @@ def tenths(losses: Sequence[float]) -> list[float | None]:
     return [sum(part) / len(part) if part else None for part in (losses[:tenth], losses[-tenth:])]
 
 
+def fastest_device() -> torch.device:
+    """The accelerator, where this machine has one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def fast_products(model: PreTrainedModel) -> Any:
     """While open, products are bf16 where the machine has instructions for them, which halves the time of a step."""
     fast = model.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
@@ -150,7 +155,8 @@ def _resume(record: Record, trained: dict[str, nn.Parameter], optimizer: Any) ->
     saved, losses = record.tensors("step"), record.facts("step")["losses"]
     for name, p in trained.items():
         p.data.copy_(saved[f"trained/{name}"])
-        optimizer.state[p] = {key: saved[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        moments = {key: saved[f"{key}/{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": saved[f"step/{name}"], **moments}
     return losses
 
 

@@ -27,9 +27,9 @@ from ...spec import Spec
 from ..calibration import Calibration
 from ..record import Record
 from ..routed import Groups, Rule, awake, hard, place, routed, soft
-from ..routed_training import Trained, changed, efficiency, open_share, opened, separability, under
+from ..routed_training import Trained, changed, efficiency, live, opened, separability, under
 from ..routing import begin, route
-from ..training import next_token_loss, tenths, train
+from ..training import fastest_device, next_token_loss, tenths, train
 
 NAME = "lte"
 WARM_UP = 0.06  # share of a stage's steps over which the learning rate rises; after it, it falls to zero
@@ -103,7 +103,7 @@ class Params:
 def search(
     model: PreTrainedModel, calibration: Calibration, record: Record, params: Params, progress: bool = True
 ) -> None:
-    """Train, and fill `record` with what both stages have changed. The model is left as it was.
+    """Train, on a GPU where there is one, and fill `record` with what each stage has made. The model is left as it was.
 
     A killed run goes on from its last saved step. A loss that is not finite ends its stage with the last good weights,
     with a warning. Raises BadParameter for groups that do not divide an FFN or layers that are not there, SourceError
@@ -113,12 +113,12 @@ def search(
         return
     spec = families.read(model.config.to_dict())
     layers = _layers(spec, params)
-    student, windows = copy.deepcopy(model), _start_windows(calibration, params)
+    student, windows = copy.deepcopy(model).to(fastest_device()), _start_windows(calibration, params)
     begin(student, layers, params.groups, windows, params.start, params.seed, record, progress)
     facts = [train_stage(student, calibration, record, params, stage, progress) for stage in _stages(params)]
     seen = awake(under(student, hard), windows)
     share = {path: 1 - groups.float().mean().item() for path, groups in seen.items()}
-    record.save("trained", changed(student, params.train), {"layers": layers, "stages": facts, "sparsity": share})
+    record.save("trained", {}, {"layers": layers, "stages": facts, "sparsity": share})
 
 
 def apply(model: PreTrainedModel, record: Record) -> None:
@@ -127,7 +127,7 @@ def apply(model: PreTrainedModel, record: Record) -> None:
     orders = record.tensors("start")
     for i in facts["layers"]:
         route(model, spec, i, orders[f"order.{place(spec, i)}"], Groups(start["size"], start["tau"])).rule = hard
-    for name, tensor in record.tensors("trained").items():
+    for name, tensor in record.tensors(f"stage-{len(facts['stages'])}").items():
         parameter = model.get_parameter(name)
         parameter.data = tensor.to(torch.float32 if name.endswith(".router.weight") else parameter.dtype)
     model.requires_grad_(False)
@@ -202,7 +202,7 @@ def train_stage(
                 progress,
                 f"stage {stage}",
                 params.accumulate,
-                lambda: {"open": f"{open_share(model):.1%}"},
+                lambda: live(model),
             )
         if complaint:
             warnings.warn(f"lte, stage {stage}: {complaint}; going on with the last good weights", stacklevel=2)

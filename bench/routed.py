@@ -24,7 +24,7 @@ SIZE, TOKENS, LENGTH = 32, 204_800, 512
 TRAINING = {
     "start": 0.65,
     "lam": 0.02,
-    "lr": 5e-5,
+    "lr": 1e-4,
     "router_lr": 5e-3,
     "batch": 2,
     "accumulate": 2,
@@ -71,7 +71,7 @@ class Setting:
         return f"lte:size={SIZE},eta={self.eta:g}," + ",".join(f"{key}={value}" for key, value in TRAINING.items())
 
 
-SETTINGS = tuple(Setting(eta) for eta in (1.0, 2.0, 4.0, 8.0))
+SETTINGS = tuple(Setting(eta) for eta in (1.0, 4.0, 8.0, 16.0))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from pared.converters.methods import lte
 from pared.converters.routed import Groups, hard, place, routed
 from pared.converters.routing import route
 from pared.converters.sources.detect import open_source
-from pared.errors import SourceError
+from pared.errors import BadParameter, SourceError
 from pared.evaluate import decoder_logits
 from pared.runtime.loader import load
 from pared.tests import tiny
@@ -82,6 +82,13 @@ def test_a_routed_ffn_is_not_stored_as_another_format(tmp_path, text):
     src = tiny.checkpoint(tmp_path / "src")
     with pytest.raises(SourceError, match=r"layers\.0\.mlp is a routed FFN, which bitmap does not store"):
         convert(src, tmp_path / "out", methods=[RECIPE], calibration=text, format="bitmap", progress=False)
+
+
+def test_methods_that_would_meet_routed_ffns_are_refused(tmp_path, text):
+    src = tiny.checkpoint(tmp_path / "src")
+    methods = ["magnitude:pattern=2:4", RECIPE, "magnitude:pattern=4:8"]
+    with pytest.raises(BadParameter, match="magnitude does not know routed FFNs; give --method lte as the last one"):
+        convert(src, tmp_path / "out", methods=methods, calibration=text, progress=False)
 
 
 # --- a published state dict ------------------------------------------------------------------------

@@ -64,8 +64,8 @@ def test_the_whole_command_runs_and_a_second_one_has_nothing_left_to_do(small, m
     monkeypatch.setattr(sys, "argv", ["routed"])
     routed.main()
     results = routed.TABLE.load()
-    assert set(results["rows"]) == {"dense", "finetuned", "eta-1", "eta-2"}
-    for name in ("eta-1", "eta-2"):
+    assert set(results["rows"]) == {"dense", "finetuned", "eta-1", "eta-4"}
+    for name in ("eta-1", "eta-4"):
         row = results["rows"][name]
         assert row.keys() >= {*routed.KINDS, "sparsity", "layers", "union", "training"}
         assert row["sparsity"] == pytest.approx(sum(row["layers"]) / 2)
@@ -74,7 +74,7 @@ def test_the_whole_command_runs_and_a_second_one_has_nothing_left_to_do(small, m
         assert len({row[kind]["boolq"] for kind in routed.KINDS}) == 4, "each choice is another model"
     page = (small / "results" / "quality_routed.md").read_text()
     assert page.count("| router, both stages |") == 2
-    assert "eta 2: groups out by layer" in page
+    assert "eta 4: groups out by layer" in page
     monkeypatch.setattr(routed, "fresh", None)
     before = capsys.readouterr().out
     routed.main()

@@ -4,8 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained("OUT")
 
 transformers reads the shards; the linears of compressed units, and FFNs that are routed as a whole, become modules that
-multiply by pared's kernels. Nothing is unpacked, and a basis that several layers share stays one tensor. Without the import
-transformers stops at the [0]-shaped weights of such a folder; folders that are dense need neither.
+multiply by pared's kernels. Nothing is unpacked, and a basis that several layers share stays one tensor. Without the
+import transformers stops at the [0]-shaped weights of such a folder; folders that are dense need neither.
 """
 
 from __future__ import annotations

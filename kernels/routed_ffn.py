@@ -127,7 +127,10 @@ def decide(x: Tensor, router: Tensor, threshold: float, awake: Tensor | None = N
 
     Sums in fp64 and rounds them to fp32: a result on which no order of sums has a say, whatever M is.
     """
-    logits = (x.double() @ router.double().t()).float()
+    return _awake((x.double() @ router.double().t()).float(), threshold, awake)
+
+
+def _awake(logits: Tensor, threshold: float, awake: Tensor | None) -> Tensor:
     chosen = logits > threshold
     return chosen if awake is None else chosen & (awake != 0)[:, None]
 
@@ -303,9 +306,19 @@ def _on_cpu(
             how = (size, bool(gated), KINDS[kind], threshold)
             native.routed_ffn(part, (ins, downs), biases, router, counts, *how, live, rows)
         return y
-    chosen = decide(x, router, threshold, awake)
+    chosen = _decide_on_cpu(x, router, threshold, awake)
     _count(counts, chosen, awake)
     return _masked(x, _groups(ins, downs), biases, chosen, KINDS[kind])
+
+
+def _decide_on_cpu(x: Tensor, router: Tensor, threshold: float, awake: Tensor | None) -> Tensor:
+    """`decide` as the native kernel does it, where there is one: more rows must not decide otherwise."""
+    native = library.load()
+    if native is None:
+        return decide(x, router, threshold, awake)
+    logits = x.new_empty(x.shape[0], len(router), dtype=torch.float32)
+    native.route(x, router, logits)
+    return _awake(logits, threshold, awake)
 
 
 def _parts(x: Tensor, y: Tensor, awake: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -1,4 +1,4 @@
-"""Tiny models whose FFNs are routed: as a compact folder, and as the transformers model that masks its hidden values."""
+"""Tiny models whose FFNs are routed: as a compact folder, and as a transformers model that masks its hidden values."""
 
 from __future__ import annotations
 

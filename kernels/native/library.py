@@ -39,6 +39,7 @@ _SIGNATURES = {
     "pared_spread": (*_RUN, *[_PTR] * 4, *[_I64] * 3),
     "pared_basis_linear": (*_RUN, *[_PTR] * 2, _I64, _PTR, *[_I64] * 2),
     "pared_routed_ffn": (*_RUN, *[_PTR] * 10, _INT, _INT, *[_I64] * 4, _F32),
+    "pared_route": (*_RUN, *[_PTR] * 3, *[_I64] * 3),
     "pared_in_order": (*_RUN, *[_PTR] * 3, *[_I64] * 2),
     "pared_read": (_INT, _INT, _PTR, _I64, _PTR),
     "pared_rms_norm": (*_RUN, *[_PTR] * 3, *[_I64] * 3, _F32),
@@ -248,6 +249,11 @@ class Library:
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in given)
         sizes = (*x.shape, len(router), size)
         self.calls.pared_routed_ffn(*self._run(x), *pointers, gated, KINDS[kind], *sizes, threshold)
+
+    def route(self, x: torch.Tensor, router: torch.Tensor, logits: torch.Tensor) -> None:
+        """logits fp32 [M, G] = x [M, K] @ router [G, K]^T, bit for bit what `routed_ffn` decides by."""
+        pointers = (tensor.data_ptr() for tensor in (x, router, logits))
+        self.calls.pared_route(*self._run(x), *pointers, *x.shape, len(router))
 
     def in_order(self, x: torch.Tensor, order: torch.Tensor, out: torch.Tensor) -> None:
         """out [M, K] = x [M, K][:, order], order int32 [K]: a quarter of the time of torch's index_select."""

@@ -158,7 +158,30 @@ struct RoutedCall final : Call {
     }
 };
 
+// The logits alone, for callers that multiply by other means: the same bits.
+struct RouteCall final : Call {
+    Linear router;
+    Rows rows;
+
+    RouteCall(int level, int dtype, const Linear& router) : router(router), rows(fp32_rows_of(level, dtype)) {}
+
+    i64 bytes() const { return router.n * router.k * 4; }
+    int useful_threads(int threads) const override { return ::useful_threads(router.m * bytes(), threads); }
+    Span enqueue(Queue& queue, Span after) override {
+        return queue.add(*this, 0, router.n, rows_per_chunk(4 * router.k, router.n, queue.threads), after);
+    }
+    void run(int, i64 begin, i64 end) const override { rows(router, begin, end); }
+};
+
 }  // namespace
+
+// logits [m, groups] of x [m, k].
+extern "C" void pared_route(int level, int dtype, int threads, const void* x, const float* router, float* logits, i64 m,
+                            i64 k, i64 groups) {
+    if (!m) return;
+    const Linear a{x, router, nullptr, logits, false, true, m, groups, k, k, 0, groups, nullptr};
+    submit(RouteCall(level, dtype, a), threads);
+}
 
 extern "C" void pared_routed_ffn(int level, int dtype, int threads, const void* x, const void* ins, const void* downs,
                                  const float* router,

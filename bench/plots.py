@@ -278,10 +278,9 @@ def figures(results: Path) -> Iterator[tuple[str, Any]]:
     if pruned := _read(results / "quality_pruning.json"):
         yield "quality_pruning", by_pattern(pruned, *figure_and_axes())
     if routed := _read(results / "quality_routed.json"):
-        from .routed_plot import by_batch, by_sparsity
+        from .routed_plot import pictures
 
-        yield "quality_routed", by_sparsity(routed)
-        yield "routed_batches", by_batch(routed)
+        yield from pictures(routed)
 
 
 def _read(path: Path) -> dict[str, Any]:

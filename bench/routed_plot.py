@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .plots import OFFSET, TITLE, figure_and_axes
@@ -10,6 +10,12 @@ from .routed import KINDS, SETTINGS
 
 COLORS = {"router": "#0072b2", "static_trained": "#d55e00", "static": "#e69f00", "oracle": "#7f7f7f"}
 TEXT = "boolq"
+
+
+def pictures(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(file name, figure) of each."""
+    yield "quality_routed", by_sparsity(results)
+    yield "routed_batches", by_batch(results)
 
 
 def by_sparsity(results: Mapping[str, Any]) -> Any:

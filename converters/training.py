@@ -75,11 +75,7 @@ def train(
     training, with the parameters as they were last good.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    by_peak: dict[float, list[nn.Parameter]] = {}
-    for name, p in trained.items():
-        by_peak.setdefault(lr(name) if callable(lr) else lr, []).append(p)
-    groups = [{"params": alike, "peak": peak} for peak, alike in by_peak.items()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = _optimizer(trained, {name: lr(name) if callable(lr) else lr for name in trained})
     losses = _resume(record, trained, optimizer)
     good = {name: p.detach().clone() for name, p in trained.items()}
     bar = tqdm(range(len(losses), steps), title, unit="step", disable=not progress)
@@ -100,6 +96,15 @@ def train(
         if (step + 1) % SAVE_EVERY == 0:
             record.save("step", _state(trained, optimizer), {"losses": losses})
     return losses, None
+
+
+def _optimizer(trained: Mapping[str, nn.Parameter], peaks: Mapping[str, float]) -> torch.optim.Optimizer:
+    """AdamW without decay; each group keeps its highest rate as `peak`."""
+    by_peak: dict[float, list[nn.Parameter]] = {}
+    for name, p in trained.items():
+        by_peak.setdefault(peaks[name], []).append(p)
+    groups = [{"params": alike, "peak": peak} for peak, alike in by_peak.items()]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def _backward(loss_of: Callable[[int], torch.Tensor], parts: range) -> float:

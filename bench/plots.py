@@ -4,7 +4,7 @@
     rows           how many times as fast as the best dense path, from 1 row to 512
     embedder_depth where L3Prune cuts a text encoder: loss and retrieval by depth, bench/embedder.py
     quality        perplexity against bytes read, and against decode speed where bench/decode_speed.py has measured it;
-                   of pruned models, pattern by pattern
+                   of pruned models, pattern by pattern; of routed ones, by the groups that a token leaves out
 
 `make plots` draws what it finds: CPU results, and the GPU report's once there is one. Dry reports are refused.
 """
@@ -277,6 +277,10 @@ def figures(results: Path) -> Iterator[tuple[str, Any]]:
         yield "quality_speed", quality_speed(table, speeds)
     if pruned := _read(results / "quality_pruning.json"):
         yield "quality_pruning", by_pattern(pruned, *figure_and_axes())
+    if routed := _read(results / "quality_routed.json"):
+        from .routed_plot import pictures
+
+        yield from pictures(routed)
 
 
 def _read(path: Path) -> dict[str, Any]:

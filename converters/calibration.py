@@ -38,8 +38,8 @@ class Calibration:
     def sha256(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def windows(self, count: int, length: int, seed: int) -> torch.Tensor:
-        """`count` windows of `length` tokens, int64 [count, length]. Raises SourceError where the text is too short."""
+    def windows(self, count: int | None, length: int, seed: int) -> torch.Tensor:
+        """`count` windows of `length` tokens, or all, int64 [count, length]. Raises SourceError for too little text."""
         return windows(self.tokenizer, [self.text], count, length, seed)
 
 
@@ -56,17 +56,17 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
 
 
 def windows(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int | None, length: int, seed: int
 ) -> torch.Tensor:
     """`count` windows of `length` tokens, int64 [count, length], drawn without replacement from the joined texts.
 
-    Texts are joined by blank lines, cut into consecutive windows, the tail dropped. Raises SourceError when
-    there is too little text.
+    Texts are joined by blank lines, cut into consecutive windows, the tail dropped; no count takes all, in an order
+    drawn all the same. Raises SourceError when there is too little text.
     """
     cut = _cut(tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt", verbose=False), length)
-    if (available := len(cut)) < count:
+    if (available := len(cut)) < (count or 1):
         raise SourceError(
-            f"the calibration text holds {available} windows of {length} tokens, {count} were asked for;"
+            f"the calibration text holds {available} windows of {length} tokens, {count or 1} were asked for;"
             f" give more text, or fewer or shorter windows"
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]

@@ -15,6 +15,7 @@ from .calibration import Calibration, tokenizer_of
 from .modelling import as_source, instantiate
 from .recipe import Step
 from .record import Record
+from .routed import routed
 from .sources.source import Source
 
 
@@ -34,6 +35,8 @@ def compress(
     model = instantiate(source, torch.float32)
     done = []
     for i, step in enumerate(steps):
+        if routed(model):
+            raise BadParameter(f"{step.method.NAME} does not know routed FFNs; give --method lte as the last one")
         record = Record(work(f"{i}-{step.method.NAME}"))
         step.method.search(model, calibration, record, step.params, progress)
         step.method.apply(model, record)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 
 from ..errors import SourceError
-from ..kernels import dense, formats, shared_basis
+from ..kernels import dense, formats, routed_ffn, shared_basis
 from ..kernels.shared_basis import BIAS, COEFFICIENTS
-from ..kernels.unit import Packed, Unit
+from ..kernels.unit import FP32_ROLES, Packed, Unit
+from ..spec import Linear
 
 TIE = 1.02
 """Of formats that read so nearly the same the first of LINEAR is taken: it needs less arithmetic."""
@@ -62,6 +65,40 @@ def encode_group(unit: Unit, dtype: torch.dtype, format: str | None, transposed:
         inputs = next(iter(unit.modules.values()))[1]
         unit = shared_basis.pivot(unit, torch.ones(inputs) if scale is None else scale)
     return [shared_basis.encode(_cast(unit, dtype))]
+
+
+def encode_ffn(unit: Unit, linears: Sequence[Linear], dtype: torch.dtype, format: str | None) -> list[Packed]:
+    """A routed FFN, its matrices in `dtype` and its router in fp32; as dense it is its `linears`, every group in."""
+    cast = {role: tensor if role in FP32_ROLES else tensor.to(dtype) for role, tensor in unit.tensors.items()}
+    unit = replace(unit, tensors=cast)
+    if format == dense.NAME:
+        return [dense.encode(part, transposed=linears[0].transposed) for part in _without_router(unit, linears)]
+    path = next(iter(unit.modules))
+    if format not in (None, routed_ffn.NAME):
+        raise SourceError(f"{path} is a routed FFN, which {format} does not store; leave --format out")
+    if reason := routed_ffn.fits(unit):
+        raise SourceError(f"{path}: {reason}")
+    return [routed_ffn.encode(unit)]
+
+
+def _without_router(unit: Unit, linears: Sequence[Linear]) -> list[Unit]:
+    """The linears [N, K] of an FFN in the order of its groups; gate and up are one where the family has them so."""
+    *ins, down = linears
+    found = [("down", down)] if len(ins) < 2 else [("gate", ins[0]), ("up", ins[1]), ("down", down)]
+    parts = {linear.path: unit.tensors[role] for role, linear in found}
+    biases = {linear.path: unit.tensors[f"{role}_bias"] for role, linear in found if linear.bias}
+    if len(ins) == 1:
+        roles = [role for role in ("gate", "up") if role in unit.tensors]
+        parts = {ins[0].path: torch.cat([unit.tensors[role] for role in roles])} | parts
+        if ins[0].bias:
+            biases[ins[0].path] = torch.cat([unit.tensors[f"{role}_bias"] for role in roles])
+    return [
+        Unit(
+            {path: (weight.shape[0], weight.shape[1])},
+            {"weight": weight} | ({"bias": biases[path]} if path in biases else {}),
+        )
+        for path, weight in parts.items()
+    ]
 
 
 def layout_sizes(unit: Unit, itemsize: int) -> dict[str, int]:

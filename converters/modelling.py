@@ -18,6 +18,7 @@ from ..kernels.shared_basis import BIAS, COEFFICIENTS
 from ..kernels.unit import Unit
 from ..narrow import narrow
 from ..spec import WIDTHS, Spec
+from .routed import routed, routed_units
 from .sources.source import Skip, Source
 from .stream import Stream
 
@@ -144,19 +145,24 @@ def as_source(model: PreTrainedModel, source: Source) -> Source:
 
     The config has what methods changed in the model's, and an encoder brings the files that say how it embeds.
     """
-    compressed = {path for paths in units(model) for path in paths}
+    spec = families.read(model.config.to_dict())
+    compressed = (*(f"{path}." for paths in units(model) for path in paths), *(f"{path}." for path in routed(model)))
 
     def tensors(skip: Skip) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in model.named_parameters():
-            if name.rpartition(".")[0] not in compressed and not skip(name):
+            if not name.startswith(compressed) and not skip(name):
                 yield name, parameter.detach()
+
+    def found() -> Iterator[Unit]:
+        yield from units(model).values()
+        yield from routed_units(model, spec).values()
 
     config = source.config | _changes(model, source)
     embedding: Embedding | None = getattr(model, "embedding", None)
     files = dict(source.files)
     if embedding is not None:
         files |= sentence_layout.files(embedding, families.read(config).embed_dim)
-    return replace(source, config=config, files=files, tensors=tensors, units=lambda: iter(units(model).values()))
+    return replace(source, config=config, files=files, tensors=tensors, units=found)
 
 
 def _changes(model: PreTrainedModel, source: Source) -> dict[str, Any]:

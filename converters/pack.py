@@ -16,7 +16,7 @@ from ..kernels.unit import Packed, Unit
 from ..spec import Linear, Spec
 from . import zeros
 from .finite import refuse_bad
-from .layout import encode_group, encode_linear
+from .layout import encode_ffn, encode_group, encode_linear
 from .sources.source import Source
 from .stream import Stream
 
@@ -73,7 +73,7 @@ class _Packing:
             notes,
         )
         self._linears = spec.linears()
-        self._inside = spec.in_layers()
+        self._inside, self._ffns = spec.in_layers(), spec.ffns()
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._embed = f"{spec.names.embed}.weight"
 
@@ -96,10 +96,19 @@ class _Packing:
         for role, tensor in unit.tensors.items():
             if tensor.is_floating_point():
                 _checked(f"{next(iter(unit.modules))}.{role}", tensor, self.dtype)
+        if unit.modules.keys() <= self._ffns.keys():
+            self._add_ffn(next(iter(unit.modules)), unit)
+            return
         dtype = self.dtype or unit.tensors["basis"].dtype
         for packed in encode_group(unit, dtype, self.format, self.spec.transposed):
             if not self.writer.holds(next(iter(packed.modules))):
                 self._write(packed)
+
+    def _add_ffn(self, path: str, unit: Unit) -> None:
+        linears = list(self._ffns[path].values())
+        for packed in encode_ffn(unit, linears, self.dtype or unit.tensors["up"].dtype, self.format):
+            if not self.writer.holds(next(iter(packed.modules))):
+                self._write(packed, "" if path in packed.modules else "every group in, without its router")
 
     def _add_plain(self, name: str, tensor: torch.Tensor) -> None:
         if self.writer.holds(name):
@@ -122,7 +131,10 @@ class _Packing:
 
     def _write(self, packed: Packed, why: str = "") -> None:
         names = {role: _disk_name(next(iter(packed.modules)), role) for role in packed.tensors}
-        entry = UnitEntry(packed.format, packed.version, packed.modules, names, packed.params, why)
+        covers = {
+            linear.path: (linear.n, linear.k) for path in packed.modules for linear in self._ffns.get(path, {}).values()
+        }
+        entry = UnitEntry(packed.format, packed.version, packed.modules, names, packed.params, why, covers)
         self.writer.add_unit(entry, {names[role]: tensor for role, tensor in packed.tensors.items()})
 
 

@@ -16,9 +16,9 @@ from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import BadParameter
-from .methods import basis_sharing, contrastive, gblm, l3prune, magnitude, recover, sleb, wanda
+from .methods import basis_sharing, contrastive, gblm, l3prune, lte, magnitude, recover, sleb, wanda
 
-METHODS: tuple[ModuleType, ...] = (sleb, l3prune, contrastive, basis_sharing, recover, magnitude, wanda, gblm)
+METHODS: tuple[ModuleType, ...] = (sleb, l3prune, contrastive, basis_sharing, recover, magnitude, wanda, gblm, lte)
 
 
 @dataclass(frozen=True)

@@ -36,3 +36,8 @@ class Record:
 
     def facts(self, part: str) -> dict[str, Any]:
         return json.loads((self.folder / f"{part}.json").read_text())
+
+    def discard(self, part: str) -> None:
+        """Forget a part, if there is one."""
+        for suffix in ("json", "safetensors"):
+            (self.folder / f"{part}.{suffix}").unlink(missing_ok=True)

@@ -22,7 +22,7 @@ class Stream:
     def __init__(self, source: Source, spec: Spec, finished: Callable[[str], bool] = lambda _: False) -> None:
         self.source, self.spec = source, spec
         self.shapes = disk_shapes(spec)
-        self._linears = spec.linears()
+        self._linears, self._ffns = spec.linears(), spec.ffns()
         self._finished = finished
         self._met: set[str] = set()
         self._embed = f"{spec.names.embed}.weight"
@@ -45,19 +45,27 @@ class Stream:
                 yield ours, tensor
 
     def serve(self, unit: Unit) -> None:
-        """Count a compressed unit's modules as met. Raises LeftoverTensors, WrongShape."""
+        """Count the linears that a compressed unit stands for as met. Raises LeftoverTensors, WrongShape."""
         for path, shape in unit.modules.items():
-            linear = self._linears.get(path)
-            if linear is None or f"{path}.weight" in self._met:
-                why = "its config.json has no place for" if linear is None else "has weights already"
-                raise LeftoverTensors(f"{self.source.path} holds compressed weights of {path}, which {why}")
-            if shape != (linear.n, linear.k):
-                raise WrongShape(
-                    f"{path} in {self.source.path} is {list(shape)}, its config.json says {[linear.n, linear.k]}"
-                )
-            if linear.bias and BIAS + path in unit.tensors:
-                self._met.add(f"{path}.bias")
-            self._met.add(f"{path}.weight")
+            ffn = self._ffns.get(path)
+            for linear in ffn.values() if ffn else (self._linears.get(path),):
+                if linear is None or f"{linear.path}.weight" in self._met:
+                    why = "its config.json has no place for" if linear is None else "has weights already"
+                    raise LeftoverTensors(f"{self.source.path} holds compressed weights of {path}, which {why}")
+                if linear.bias and (ffn or BIAS + path in unit.tensors):
+                    self._met.add(f"{linear.path}.bias")
+                self._met.add(f"{linear.path}.weight")
+            self._check(path, shape, unit)
+
+    def _check(self, path: str, shape: tuple[int, int], unit: Unit) -> None:
+        """Raises WrongShape where a unit's module has not the widths that the config gives it."""
+        if path in self._ffns:
+            *_, down = self._ffns[path].values()
+            found, wanted = [*shape, len(unit.tensors["up"])], [down.n, down.n, down.k]
+        else:
+            found, wanted = list(shape), [self._linears[path].n, self._linears[path].k]
+        if found != wanted:
+            raise WrongShape(f"{path} in {self.source.path} is {found}, its config.json says {wanted}")
 
     def close(self) -> None:
         """Hold what was met against what the model needs. Raises MissingTensors."""

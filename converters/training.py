@@ -1,12 +1,14 @@
-"""A short LoRA training that survives being killed: adapters through peft, saved steps, and what they add up to."""
+"""A training that survives being killed: adapters through peft, saved steps, and what they add up to."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -58,43 +60,79 @@ def train(
     steps: int,
     loss_of: Callable[[int], torch.Tensor],
     record: Record,
-    lr: float,
+    lr: float | Callable[[str], float],
     rising: int,
     progress: bool,
     title: str,
+    parts: int = 1,
+    live: Callable[[], dict[str, str]] = dict,
 ) -> tuple[list[float], str | None]:
-    """`steps` steps of AdamW on loss_of(step): the losses, and why it ended early, if so.
+    """`steps` steps of AdamW on what requires a gradient: the losses, and why it ended early, if so.
 
-    The learning rate rises to `lr` over `rising` steps, then falls to zero. A killed run goes on from its last saved
-    step. A loss that is not finite ends the training, with the adapters as they were last good.
+    loss_of(i): a step takes the mean over i = step * parts ... step * parts + parts - 1, one backward pass each. lr:
+    for all, or by the name of a parameter; it rises over `rising` steps, then falls to zero. live(): what the progress
+    bar shows beside the loss. A killed run goes on from its last saved step. A loss that is not finite ends the
+    training, with the parameters as they were last good.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+    optimizer = _optimizer(trained, {name: lr(name) if callable(lr) else lr for name in trained})
     losses = _resume(record, trained, optimizer)
     good = {name: p.detach().clone() for name, p in trained.items()}
     bar = tqdm(range(len(losses), steps), title, unit="step", disable=not progress)
     for step in bar:
-        optimizer.param_groups[0]["lr"] = lr * _share_of_peak(step, steps, max(1, rising))
-        loss = loss_of(step)
-        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * _share_of_peak(step, steps, max(1, rising))
+        loss = _backward(loss_of, range(step * parts, (step + 1) * parts))
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        if not torch.isfinite(loss) or not torch.isfinite(norm):
-            _restore(trained, good)
-            return losses, f"the loss of step {step} was {loss.item()}, its gradient {norm.item()}; try a smaller lr"
-        good = {name: p.detach().clone() for name, p in trained.items()}
+        if not math.isfinite(loss) or not torch.isfinite(norm):
+            _copy(good, trained)
+            optimizer.zero_grad()
+            return losses, f"the loss of step {step} was {loss}, its gradient {norm.item()}; try a smaller lr"
+        _copy(trained, good)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        losses.append(loss)
+        bar.set_postfix(loss=f"{loss:.3f}", **live())
         if (step + 1) % SAVE_EVERY == 0:
             record.save("step", _state(trained, optimizer), {"losses": losses})
     return losses, None
+
+
+def _optimizer(trained: Mapping[str, nn.Parameter], peaks: Mapping[str, float]) -> torch.optim.Optimizer:
+    """AdamW without decay; each group keeps its highest rate as `peak`."""
+    by_peak: dict[float, list[nn.Parameter]] = {}
+    for name, p in trained.items():
+        by_peak.setdefault(peaks[name], []).append(p)
+    groups = [{"params": alike, "peak": peak} for peak, alike in by_peak.items()]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def _backward(loss_of: Callable[[int], torch.Tensor], parts: range) -> float:
+    """Gradients of the mean loss, which it gives."""
+    total = 0.0
+    for i in parts:
+        loss = loss_of(i) / len(parts)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def next_token_loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the next token over windows [B, T]."""
+    with fast_products(model):
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
 def tenths(losses: Sequence[float]) -> list[float | None]:
     """The loss averaged over the first and over the last tenth of the steps."""
     tenth = max(1, len(losses) // 10)
     return [sum(part) / len(part) if part else None for part in (losses[:tenth], losses[-tenth:])]
+
+
+def fastest_device() -> torch.device:
+    """The accelerator, where this machine has one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def fast_products(model: PreTrainedModel) -> Any:
@@ -108,8 +146,8 @@ def _share_of_peak(step: int, steps: int, rising: int) -> float:
 
 
 def _state(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Adapters and the optimizer's moments, flat."""
-    flat = {f"adapter/{name}": p.detach() for name, p in trained.items()}
+    """What trains and the optimizer's moments, flat."""
+    flat = {f"trained/{name}": p.detach() for name, p in trained.items()}
     for name, p in trained.items():
         flat |= {f"{key}/{name}": value for key, value in optimizer.state[p].items()}
     return flat
@@ -121,11 +159,13 @@ def _resume(record: Record, trained: dict[str, nn.Parameter], optimizer: Any) ->
         return []
     saved, losses = record.tensors("step"), record.facts("step")["losses"]
     for name, p in trained.items():
-        p.data.copy_(saved[f"adapter/{name}"])
-        optimizer.state[p] = {key: saved[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        p.data.copy_(saved[f"trained/{name}"])
+        moments = {key: saved[f"{key}/{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": saved[f"step/{name}"], **moments}
     return losses
 
 
-def _restore(trained: dict[str, nn.Parameter], good: dict[str, torch.Tensor]) -> None:
-    for name, p in trained.items():
-        p.data.copy_(good[name])
+@torch.no_grad()
+def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+    for name, p in source.items():
+        target[name].copy_(p)

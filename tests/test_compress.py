@@ -191,13 +191,13 @@ def test_the_record_is_the_whole_of_what_apply_needs(tmp_path, text):
 
 def test_a_loss_that_is_not_finite_ends_the_training_with_the_last_good_state(tmp_path, text, monkeypatch):
     model, read = compressed(tmp_path, text)
-    loss, calls = recover._loss, []
+    loss, calls = recover.next_token_loss, []
 
     def failing(*given):
         calls.append(1)
         return loss(*given) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(recover, "_loss", failing)
+    monkeypatch.setattr(recover, "next_token_loss", failing)
     torn = trained(model, read, tmp_path / "torn")
     result = recover.summary(torn)
     assert result["steps"] == 3

@@ -20,7 +20,7 @@ from ...errors import BadParameter
 from ..calibration import Calibration
 from ..modelling import BasisLinear, replace_linear
 from ..record import Record
-from ..training import adapters, fast_products, tenths, train
+from ..training import adapters, next_token_loss, tenths, train
 
 NAME = "recover"
 WARM_UP = 0.1  # share of the steps over which the learning rate rises; after it, it falls to zero
@@ -88,7 +88,14 @@ def search(
     names = [f"{path}.coefficients" for path in paths]
     with _opened(model, paths), adapters(model, names, params.r, params.alpha, 0.0, params.seed) as factors:
         losses, complaint = train(
-            model, params.steps, lambda step: _loss(model, batches[step]), record, params.lr, rising, progress, NAME
+            model,
+            params.steps,
+            lambda step: next_token_loss(model, batches[step]),
+            record,
+            params.lr,
+            rising,
+            progress,
+            NAME,
         )
         scale = params.alpha / params.r
         merged = {path: _merged(model.get_submodule(path), scale, *factors(f"{path}.coefficients")) for path in paths}
@@ -125,10 +132,3 @@ def _merged(opened: Any, scale: float, a: torch.Tensor, b: torch.Tensor) -> torc
     """Coefficients [N, R] and adapter in one matrix."""
     weight: torch.Tensor = opened.coefficients.base_layer.weight.detach()
     return (weight + scale * b @ a).float().contiguous()
-
-
-def _loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the next token over windows [B, T]."""
-    with fast_products(model):
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import SourceError
-from . import basis_sharing, compressed_tensors, huggingface, l3prune, lora, structured, svd_llm
+from . import basis_sharing, compressed_tensors, huggingface, l3prune, lora, lte, structured, svd_llm
 from .short import repaired
 from .source import Source
 
-FACTORED = (basis_sharing, svd_llm)
+COMPRESSED = (basis_sharing, svd_llm, lte)
 """Layouts of compressed checkpoints in Hugging Face folders, told by their tensors: model_type stays the stock one."""
 
 
@@ -37,7 +37,7 @@ def open_source(path: str | Path) -> Source:
 def _folder(path: Path) -> Source:
     plain = _plain(path)
     names = plain.names()
-    for layout in FACTORED:
+    for layout in COMPRESSED:
         if layout.recognises(names):
             return layout.open_source(plain, names)
     if compressed_tensors.recognises(plain.config, names):

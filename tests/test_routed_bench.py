@@ -1,0 +1,116 @@
+"""The LTE table: its choices of groups on tiny models, its rows, its pictures, and the whole command in small."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pared.bench import plots, routed
+from pared.converters.calibration import Calibration
+from pared.converters.record import Record
+from pared.converters.routed import RoutedMlp
+from pared.converters.routed import routed as routed_ffns
+from pared.tests import tiny
+from pared.tests.test_pruning import Words
+
+X = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
+
+
+class Texts(Words):
+    """As many tokens as texts, so that different texts are different tokens."""
+
+    def __call__(self, text: str, **_: object) -> Texts:
+        generator = torch.Generator().manual_seed(len(text))
+        self.input_ids = torch.randint(0, 40, (1, 4000), generator=generator)
+        return self
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> Path:
+    """The bench on a tiny model: two eta, ten steps a stage."""
+    monkeypatch.setattr(routed, "WORK", tmp_path / "work")
+    monkeypatch.setattr(routed, "TABLE", replace(routed.TABLE, path=tmp_path / "results" / "quality_routed"))
+    monkeypatch.setattr(routed, "SIZE", 8)
+    monkeypatch.setattr(routed, "TRAINING", routed.TRAINING | {"tokens": 640, "length": 16})
+    monkeypatch.setattr(routed, "SETTINGS", routed.SETTINGS[:2])
+    monkeypatch.setattr(routed, "BATCHES", (1, 2, 4, 8))
+    monkeypatch.setattr(routed, "UNION_LENGTH", 16)
+    monkeypatch.setattr(routed, "fresh", lambda: tiny.model().requires_grad_(False))
+    monkeypatch.setattr(routed, "calibration", lambda: Calibration(Texts(), "text", "text.txt"))
+    monkeypatch.setattr(routed, "perplexities", loss_of)
+    return tmp_path
+
+
+def loss_of(model: torch.nn.Module) -> dict[str, float]:
+    """Something that depends on all of the model."""
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        return dict.fromkeys(routed.TEXTS, model(tokens).logits.square().mean().item())
+
+
+def test_every_row_is_a_recipe_of_its_own():
+    found = [routed.params(setting) for setting in routed.SETTINGS]
+    assert len({p.eta for p in found}) == len(found) >= 4
+    assert all((p.tokens, p.train, p.tau) == (routed.TOKENS, "full", 0.5) for p in found)
+    assert routed.TOKENS >= 200_000
+
+
+def test_the_whole_command_runs_and_a_second_one_has_nothing_left_to_do(small, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["routed"])
+    routed.main()
+    results = routed.TABLE.load()
+    assert set(results["rows"]) == {"dense", "finetuned", "eta-1", "eta-4"}
+    for name in ("eta-1", "eta-4"):
+        row = results["rows"][name]
+        assert row.keys() >= {*routed.KINDS, "sparsity", "layers", "union", "training"}
+        assert row["sparsity"] == pytest.approx(sum(row["layers"]) / 2)
+        assert row["union"]["1"] == pytest.approx(row["sparsity"], abs=1e-6)
+        assert row["union"]["1"] >= row["union"]["2"] >= row["union"]["4"]
+        assert len({row[kind]["boolq"] for kind in routed.KINDS}) == 4, "each choice is another model"
+    page = (small / "results" / "quality_routed.md").read_text()
+    assert page.count("| router, both stages |") == 2
+    assert "eta 4: groups out by layer" in page
+    monkeypatch.setattr(routed, "fresh", None)
+    before = capsys.readouterr().out
+    routed.main()
+    assert capsys.readouterr().out == before
+    figures = dict(plots.figures(small / "results"))
+    assert figures.keys() == {"quality_routed", "routed_batches"}
+    drawn = {y for line in figures["quality_routed"].axes[0].lines for y in line.get_ydata()}
+    assert drawn >= {results["rows"]["eta-1"]["oracle"]["boolq"], results["rows"]["finetuned"]["perplexity"]["boolq"]}
+    json.dumps(results)
+
+
+def grouped(rule, small: Path, out: float) -> RoutedMlp:
+    """The first FFN of the tiny model with a third of its groups chosen by the rule."""
+    setting, orders = routed.SETTINGS[0], torch.arange(24)
+    record = Record(routed.WORK / setting.name)
+    record.save("start", {f"order.model.layers.{i}.mlp": orders for i in range(2)}, {})
+    routed.TABLE.save({"protocol": routed.PROTOCOL, "rows": {}}, "dense", {"perplexity": loss_of(tiny.model())})
+    results = routed.TABLE.load()
+    row = {"layers": [out, out], "sparsity": out, "union": {"8": 0}, "router": {"boolq": 1.0, "xsum": 1.0}}
+    routed.TABLE.save(results, setting.name, row)
+    model = routed.grouped(tiny.model().requires_grad_(False), setting, rule)
+    return next(iter(routed_ffns(model).values()))
+
+
+def test_the_static_choice_is_that_of_the_largest_weights(small):
+    module = grouped(routed.static, small, out=0.6)
+    module.up.weight.data[8:16] *= 9
+    module(X)
+    assert module.shares.tolist() == [[0, 1, 0]] * 6
+
+
+def test_the_oracle_keeps_the_groups_of_each_token_that_add_the_most(small):
+    module = grouped(routed.oracle, small, out=0.6)
+    module(X)
+    scaled = module.neurons(X) * module.down.weight.norm(dim=0)
+    parts = torch.stack([part.norm(dim=1) for part in scaled.split(8, dim=1)])
+    assert module.shares.argmax(1).tolist() == parts.argmax(0).tolist()
+    assert module.shares.sum(1).tolist() == [1] * 6
+    assert len(set(module.shares.argmax(1).tolist())) > 1

@@ -1,0 +1,410 @@
+"""Triton kernels of the routed_ffn format: route, wake, and triton_routed_down.py sums up. Three launches at any M.
+
+route   A program has one group's router row in registers and takes one row of x after the other: the sums of a decision
+        are made in the same order whatever M is, by the same compiled kernel. An RMSNorm ahead is computed on the way,
+        as all of a row is there. A byte for each row and group says what is awake.
+wake    The bytes become a list of awake neurons without a word to the host: every program sums them up, finds the
+        groups that its own places in the list stand for, and ends where the list has ended. So the grid is that of all
+        neurons and a captured graph fits any decision. The first launch that needs the list as such reads what these
+        programs write down of it. A neuron's rows of gate and up lie 16 bytes by 16 in the order of x.
+
+From two rows on the list is that of all rows together, and a row's own bytes cut its hidden values; above
+tuning.UNION_ROWS it is the list of all neurons, and above tuning.masked_rows cuBLAS multiplies. A row's result is that
+of its own groups on each of these paths.
+
+Each launch begins while the one ahead of it ends (tuning.overlaps); the router's weights are on their way by then.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from . import triton_routed_down, tuning
+from .triton_fused import activate
+
+Tensor = torch.Tensor
+ROUTER_WARP = 1024
+"""Inputs of a router row for each warp: eight loads of 16 bytes a thread."""
+ACT_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["M"])
+def _route(
+    x_ptr,
+    norm_ptr,
+    router_ptr,
+    awake_ptr,
+    normed_ptr,
+    chosen_ptr,
+    M,
+    K,
+    G,
+    threshold,
+    eps,
+    NORM: tl.constexpr,
+    PADDED: tl.constexpr,
+    EARLY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    group = tl.program_id(0)
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    k = tl.arange(0, BLOCK_K)
+    weights = tl.load(router_ptr + group.to(tl.int64) * K + k, mask=k < K, other=0.0)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    for i in range(min(ROWS, M - tl.program_id(1) * ROWS)):
+        row = first + i
+        x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0)
+        if NORM:
+            wide = x.to(tl.float32)
+            scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / K + eps)
+            x = (wide * scale * tl.load(norm_ptr + k, mask=k < K, other=0.0)).to(x.dtype)
+            if group == 0:
+                tl.store(normed_ptr + row * K + k, x, mask=k < K)
+        chosen = tl.sum(x.to(tl.float32) * weights, axis=0) > threshold
+        if PADDED:
+            chosen = chosen & (tl.load(awake_ptr + row) != 0)
+        tl.store(chosen_ptr + row * G + group, chosen.to(tl.int8))
+
+
+@triton.jit
+def _listed(chosen_ptr, M, G, place, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(the neurons at `place` [BLOCK_N] of the list of awake ones, how many it has).
+
+    A group's place is the number of awake groups ahead of it, so that the group at a place is the number of those
+    groups up to which no more than that many are awake.
+    """
+    m = tl.arange(0, BLOCK_M)
+    g = tl.arange(0, BLOCK_G)
+    mask = (m < M)[:, None] & (g < G)[None, :]
+    chosen = tl.load(chosen_ptr + m[:, None] * G + g[None, :], mask=mask, other=0).to(tl.int32)
+    awake = tl.max(chosen, axis=0)
+    until = tl.cumsum(awake, axis=0)
+    group = tl.sum((until[:, None] <= (place // SIZE)[None, :]).to(tl.int32), axis=0)
+    return group * SIZE + place % SIZE, tl.sum(awake, axis=0) * SIZE
+
+
+@triton.jit
+def _begin(state_ptr, count, tickets, BLOCK: tl.constexpr):
+    """Write down the count, and behind it zeros for the tickets of the next launch."""
+    for start in range(0, tickets + 1, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(state_ptr + at, tl.where(at == 0, count, 0), mask=at <= tickets)
+
+
+@triton.jit
+def _wake_gemv(
+    x_ptr,
+    in_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    chosen_ptr,
+    h_ptr,
+    list_ptr,
+    state_ptr,
+    K,
+    G,
+    tickets,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    GATE_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    program = tl.program_id(0)
+    place = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    neuron, count = _listed(chosen_ptr, 1, G, place, SIZE, 1, BLOCK_G)
+    if program == 0:
+        _begin(state_ptr, count, tickets, BLOCK_G)
+    if program * BLOCK_N >= count:
+        return
+    listed = place < count
+    tl.store(list_ptr + place, neuron, mask=listed)
+    k = tl.arange(0, BLOCK_K)
+    rows = in_ptr + neuron[:, None].to(tl.int64) * K + k[None, :]
+    up_rows = in_ptr + (G * SIZE + neuron)[:, None].to(tl.int64) * K + k[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = start + k < K
+        mask = listed[:, None] & inside[None, :]
+        x = tl.load(x_ptr + start + k, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        w = tl.load(rows + start, mask=mask, other=0.0, eviction_policy="evict_first")
+        total += w.to(tl.float32) * x[None, :]
+        if GATED:
+            w = tl.load(up_rows + start, mask=mask, other=0.0, eviction_policy="evict_first")
+            up += w.to(tl.float32) * x[None, :]
+    h, other = tl.sum(total, axis=1), tl.sum(up, axis=1)
+    if GATED:
+        if GATE_BIAS:
+            h += tl.load(gate_bias_ptr + neuron, mask=listed, other=0.0).to(tl.float32)
+        if UP_BIAS:
+            other += tl.load(up_bias_ptr + neuron, mask=listed, other=0.0).to(tl.float32)
+        h = activate(h, ACT) * other
+    else:
+        if UP_BIAS:
+            h += tl.load(up_bias_ptr + neuron, mask=listed, other=0.0).to(tl.float32)
+        h = activate(h, ACT)
+    tl.store(h_ptr + place, h.to(h_ptr.dtype.element_ty), mask=listed)
+
+
+@triton.jit
+def _wake_gemm(
+    x_ptr,
+    in_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    chosen_ptr,
+    h_ptr,
+    list_ptr,
+    state_ptr,
+    M,
+    K,
+    G,
+    tickets,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    GATE_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
+    LISTED: tl.constexpr,
+    EARLY: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    # Row tiles vary fastest: programs that run together share their weights, the larger operand.
+    tile, program = tl.program_id(0), tl.program_id(1)
+    place = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    count = G * SIZE
+    neuron = place
+    if LISTED:  # there is one tile of rows
+        neuron, count = _listed(chosen_ptr, M, G, place, SIZE, BLOCK_M, BLOCK_G)
+    if (program == 0) & (tile == 0):
+        _begin(state_ptr, count, tickets, BLOCK_G)
+    if program * BLOCK_N >= count:
+        return
+    listed = place < count
+    if LISTED:
+        tl.store(list_ptr + place, neuron, mask=listed)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    x_rows = x_ptr + m[:, None].to(tl.int64) * K + k[None, :]
+    rows = in_ptr + neuron[None, :].to(tl.int64) * K + k[:, None]
+    up_rows = in_ptr + (G * SIZE + neuron)[None, :].to(tl.int64) * K + k[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = start + k < K
+        x = tl.load(x_rows + start, mask=(m < M)[:, None] & inside[None, :], other=0.0)
+        mask = listed[None, :] & inside[:, None]
+        w = tl.load(rows + start, mask=mask, other=0.0, eviction_policy="evict_first")
+        total = tl.dot(x, w, total, input_precision="ieee")
+        if GATED:
+            w = tl.load(up_rows + start, mask=mask, other=0.0, eviction_policy="evict_first")
+            up = tl.dot(x, w, up, input_precision="ieee")
+    if GATED:
+        if GATE_BIAS:
+            total += tl.load(gate_bias_ptr + neuron, mask=listed, other=0.0).to(tl.float32)[None, :]
+        if UP_BIAS:
+            up += tl.load(up_bias_ptr + neuron, mask=listed, other=0.0).to(tl.float32)[None, :]
+        total = activate(total, ACT) * up
+    else:
+        if UP_BIAS:
+            total += tl.load(up_bias_ptr + neuron, mask=listed, other=0.0).to(tl.float32)[None, :]
+        total = activate(total, ACT)
+    m = m[:, None].to(tl.int64)
+    mask = (m < M) & listed[None, :]
+    chosen = tl.load(chosen_ptr + m * G + (neuron // SIZE)[None, :], mask=mask, other=0)
+    total = tl.where(chosen != 0, total, 0.0)
+    tl.store(h_ptr + m * (G * SIZE) + place[None, :], total.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _masked_act(
+    in_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    chosen_ptr,
+    h_ptr,
+    size,
+    G,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    GATE_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """h [M, F] from gate | up [M, 2 F] or up [M, F], of `size` elements, as `_masked_act_reference` has it."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    neurons = G * SIZE
+    row, neuron = at // neurons, at % neurons
+    first = at + row * neurons if GATED else at
+    h = tl.load(in_ptr + first, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(in_ptr + first + neurons, mask=inside, other=0.0).to(tl.float32)
+        if GATE_BIAS:
+            h += tl.load(gate_bias_ptr + neuron, mask=inside, other=0.0).to(tl.float32)
+        if UP_BIAS:
+            up += tl.load(up_bias_ptr + neuron, mask=inside, other=0.0).to(tl.float32)
+        h = activate(h, ACT) * up
+    else:
+        if UP_BIAS:
+            h += tl.load(up_bias_ptr + neuron, mask=inside, other=0.0).to(tl.float32)
+        h = activate(h, ACT)
+    chosen = tl.load(chosen_ptr + row * G + neuron // SIZE, mask=inside, other=0)
+    tl.store(h_ptr + at, tl.where(chosen != 0, h, 0.0).to(h_ptr.dtype.element_ty), mask=inside)
+
+
+class Weights(NamedTuple):
+    """An FFN as the kernels read it, all contiguous.
+
+    groups: [P, G, size, K] of x's dtype: gate where there is one (P = 3), up, and down transposed. biases: gate [F],
+    up [F] and down [K], or None each. router: fp32 [G, K]. act: one of fused.ACTIVATIONS. threshold: of a logit.
+    """
+
+    groups: Tensor
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None]
+    router: Tensor
+    act: str
+    threshold: float
+
+    @property
+    def gated(self) -> bool:
+        return len(self.groups) == 3
+
+    @property
+    def size(self) -> int:
+        return self.groups.shape[2]
+
+    @property
+    def neurons(self) -> int:
+        return len(self.router) * self.size
+
+    def flags(self) -> dict[str, object]:
+        """What both kernels that wake neurons are compiled for."""
+        gate, up, _ = self.biases
+        given = {"ACT": self.act, "GATED": self.gated, "GATE_BIAS": gate is not None, "UP_BIAS": up is not None}
+        return {**given, "SIZE": self.size}
+
+
+class Hidden(NamedTuple):
+    """What `wake` leaves for the sum: values h [M, F] at their places, and the list that says whose they are.
+
+    listed: neurons int32 [F] by place, or None where place and neuron are the same. state: int32, the number of places
+    in use, then a zero for each block of y.
+    """
+
+    h: Tensor
+    listed: Tensor | None
+    state: Tensor
+
+
+def routed_ffn(
+    x: Tensor,
+    weights: Weights,
+    awake: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [M, K] contiguous -> y [M, K] = ffn(rms_norm(x)) + residual, norm and residual where given.
+
+    awake: int64 [M]; rows where it is 0 wake nothing. norm: fp32 [K].
+    """
+    y = torch.empty_like(x)
+    if y.numel() == 0:
+        return y
+    m, name = len(x), tuning.target()
+    chosen, x = route(x, weights, awake, norm, eps)
+    if m > tuning.masked_rows(x.dtype, name):
+        return _by_cublas(x, weights, chosen, residual)
+    tile = tuning.routed_tile(m, x.dtype, name, tuning.ROUTED_DOWN)
+    hidden = wake(x, weights, chosen, triton_routed_down.blocks(m, x.shape[1], tile))
+    triton_routed_down.down(hidden, weights.groups[-1].flatten(0, 1), weights.biases[2], residual, y, tile)
+    return y
+
+
+def route(
+    x: Tensor, weights: Weights, awake: Tensor | None, norm: Tensor | None = None, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """int8 [M, G], 1 where a row wakes a group; and x, normed where there is a norm. See routed_ffn.decide."""
+    (m, k), groups, name = x.shape, len(weights.router), tuning.target()
+    chosen = x.new_empty(m, groups, dtype=torch.int8)
+    normed = x if norm is None else torch.empty_like(x)
+    block, rows = triton.next_power_of_2(k), tuning.ROUTER_ROWS.get(name, tuning.ROUTER_ROWS["default"])
+    _route[groups, triton.cdiv(m, rows)](
+        x,
+        norm,
+        weights.router,
+        awake,
+        normed,
+        chosen,
+        m,
+        k,
+        groups,
+        weights.threshold,
+        eps,
+        NORM=norm is not None,
+        PADDED=awake is not None,
+        ROWS=rows,
+        BLOCK_K=block,
+        num_warps=min(max(block // ROUTER_WARP, 1), 16),
+        **tuning.early(name),
+    )
+    return chosen, normed
+
+
+def wake(x: Tensor, weights: Weights, chosen: Tensor, tickets: int) -> Hidden:
+    """The hidden values of the neurons that any row wakes, or of all; zero where a row does not wake them."""
+    (m, k), groups, name = x.shape, len(weights.router), tuning.target()
+    tile = tuning.routed_tile(m, x.dtype, name, tuning.ROUTED_WAKE)
+    listing = m <= tuning.UNION_ROWS.get(name, tuning.UNION_ROWS["default"])
+    listed, state = x.new_empty(weights.neurons + 1 + tickets, dtype=torch.int32).tensor_split([weights.neurons])
+    h = x.new_empty(m, weights.neurons)
+    tensors = (x, weights.groups, *weights.biases[:2], chosen, h, listed, state)
+    arguments = {
+        **weights.flags(),
+        "BLOCK_G": triton.next_power_of_2(groups),
+        **tuning.early(name),
+        **tuning.blocks(tile),
+    }
+    if m == 1:
+        _wake_gemv[(triton.cdiv(weights.neurons, tile.n),)](*tensors, k, groups, tickets, **arguments)
+    else:
+        grid = (triton.cdiv(m, tile.m), triton.cdiv(weights.neurons, tile.n))
+        _wake_gemm[grid](*tensors, m, k, groups, tickets, LISTED=listing, BLOCK_M=tile.m, **arguments)
+    return Hidden(h, listed if listing else None, state)
+
+
+def _by_cublas(x: Tensor, weights: Weights, chosen: Tensor, residual: Tensor | None) -> Tensor:
+    """Every neuron of every row, the sleeping ones masked between two products of cuBLAS."""
+    rows = F.linear(x, weights.groups[:-1].flatten(0, 2))
+    h = x.new_empty(len(x), weights.neurons)
+    gate, up, down = weights.biases
+    tensors = (rows, gate, up, chosen, h, h.numel(), len(weights.router))
+    _masked_act[(triton.cdiv(h.numel(), ACT_BLOCK),)](*tensors, **weights.flags(), BLOCK=ACT_BLOCK)
+    last = weights.groups[-1].flatten(0, 1)
+    y = h @ last if down is None else torch.addmm(down, h, last)
+    return y if residual is None else y + residual

@@ -25,11 +25,15 @@ import triton
 import triton.language as tl
 
 from . import triton_routed_down, tuning
+from .routed_ffn import count
 from .triton_fused import activate
 
 Tensor = torch.Tensor
-ROUTER_WARP = 1024
-"""Inputs of a router row for each warp: eight loads of 16 bytes a thread."""
+ROUTER_GROUPS, ROUTER_WARP = 2, 1024
+"""Groups of a router program, and inputs for each of its warps: a thread holds 64 numbers of the router.
+
+Not a table's to choose: sums of a decision are made in the order that follows from them.
+"""
 ACT_BLOCK = 1024
 
 
@@ -49,15 +53,17 @@ def _route(
     NORM: tl.constexpr,
     PADDED: tl.constexpr,
     EARLY: tl.constexpr,
+    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    group = tl.program_id(0)
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     first = tl.program_id(1).to(tl.int64) * ROWS
     k = tl.arange(0, BLOCK_K)
-    weights = tl.load(router_ptr + group.to(tl.int64) * K + k, mask=k < K, other=0.0)
+    mask = (group < G)[:, None] & (k < K)[None, :]
+    weights = tl.load(router_ptr + group[:, None].to(tl.int64) * K + k[None, :], mask=mask, other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
     for i in range(min(ROWS, M - tl.program_id(1) * ROWS)):
@@ -67,37 +73,75 @@ def _route(
             wide = x.to(tl.float32)
             scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / K + eps)
             x = (wide * scale * tl.load(norm_ptr + k, mask=k < K, other=0.0)).to(x.dtype)
-            if group == 0:
+            if tl.program_id(0) == 0:
                 tl.store(normed_ptr + row * K + k, x, mask=k < K)
-        chosen = tl.sum(x.to(tl.float32) * weights, axis=0) > threshold
+        chosen = tl.sum(x.to(tl.float32)[None, :] * weights, axis=1) > threshold
         if PADDED:
             chosen = chosen & (tl.load(awake_ptr + row) != 0)
-        tl.store(chosen_ptr + row * G + group, chosen.to(tl.int8))
+        tl.store(chosen_ptr + row * G + group, chosen.to(tl.int8), mask=group < G)
 
 
 @triton.jit
-def _listed(chosen_ptr, M, G, place, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
-    """(the neurons at `place` [BLOCK_N] of the list of awake ones, how many it has).
+def _any_row(chosen_ptr, M, G, g, BLOCK_M: tl.constexpr):
+    """int32 [BLOCK_G]: 1 where one of up to BLOCK_M rows wakes the group."""
+    awake = tl.load(chosen_ptr + g, mask=g < G, other=0).to(tl.int32)
+    for row in tl.static_range(1, BLOCK_M):
+        awake |= tl.load(chosen_ptr + row * G + g, mask=(g < G) & (row < M), other=0).to(tl.int32)
+    return awake
 
-    A group's place is the number of awake groups ahead of it, so that the group at a place is the number of those
-    groups up to which no more than that many are awake.
+
+@triton.jit
+def _listed(
+    chosen_ptr, M, G, place, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """(the neurons at places [place, place + BLOCK_N) of the list of awake ones, how many it has).
+
+    The awake group of rank r is the number of those groups up to which no more than r are awake.
     """
-    m = tl.arange(0, BLOCK_M)
-    g = tl.arange(0, BLOCK_G)
-    mask = (m < M)[:, None] & (g < G)[None, :]
-    chosen = tl.load(chosen_ptr + m[:, None] * G + g[None, :], mask=mask, other=0).to(tl.int32)
-    awake = tl.max(chosen, axis=0)
+    awake = _any_row(chosen_ptr, M, G, tl.arange(0, BLOCK_G), BLOCK_M)
     until = tl.cumsum(awake, axis=0)
-    group = tl.sum((until[:, None] <= (place // SIZE)[None, :]).to(tl.int32), axis=0)
-    return group * SIZE + place % SIZE, tl.sum(awake, axis=0) * SIZE
+    if BLOCK_N > SIZE:
+        rank = place // SIZE + tl.arange(0, BLOCK_N // SIZE)
+        group = tl.sum((until[:, None] <= rank[None, :]).to(tl.int32), axis=0)
+        neuron = tl.reshape(group[:, None] * SIZE + tl.arange(0, SIZE)[None, :], [BLOCK_N])
+    else:
+        group = tl.sum((until <= place // SIZE).to(tl.int32), axis=0)
+        neuron = group * SIZE + place % SIZE + tl.arange(0, BLOCK_N)
+    return neuron, tl.sum(awake, axis=0) * SIZE
 
 
 @triton.jit
-def _begin(state_ptr, count, tickets, BLOCK: tl.constexpr):
-    """Write down the count, and behind it zeros for the tickets of the next launch."""
-    for start in range(0, tickets + 1, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+def _keep_books(
+    chosen_ptr,
+    awake_ptr,
+    counts_ptr,
+    state_ptr,
+    count,
+    tickets,
+    M,
+    G,
+    PADDED: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """Write the state, see Hidden; add rows, groups that they woke and groups that were read to the counts."""
+    for start in range(0, tickets + 1, BLOCK_G):
+        at = start + tl.arange(0, BLOCK_G)
         tl.store(state_ptr + at, tl.where(at == 0, count, 0), mask=at <= tickets)
+    g = tl.arange(0, BLOCK_G)
+    woken = tl.zeros([BLOCK_G], tl.int32)
+    read = tl.zeros([BLOCK_G], tl.int32)
+    rows = tl.sum(woken, axis=0)
+    for row in range(M):
+        chosen = tl.load(chosen_ptr + row * G + g, mask=g < G, other=0).to(tl.int32)
+        woken += chosen
+        read |= chosen
+        if PADDED:
+            rows += (tl.load(awake_ptr + row) != 0).to(tl.int32)
+        else:
+            rows += 1
+    at = tl.arange(0, 4)
+    new = tl.where(at == 0, rows, tl.where(at == 1, tl.sum(woken, axis=0), tl.sum(read, axis=0)))
+    tl.store(counts_ptr + at, tl.load(counts_ptr + at, mask=at < 3, other=0) + new, mask=at < 3)
 
 
 @triton.jit
@@ -107,6 +151,8 @@ def _wake_gemv(
     gate_bias_ptr,
     up_bias_ptr,
     chosen_ptr,
+    awake_ptr,
+    counts_ptr,
     h_ptr,
     list_ptr,
     state_ptr,
@@ -117,6 +163,7 @@ def _wake_gemv(
     GATED: tl.constexpr,
     GATE_BIAS: tl.constexpr,
     UP_BIAS: tl.constexpr,
+    PADDED: tl.constexpr,
     EARLY: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -128,9 +175,9 @@ def _wake_gemv(
         tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     place = program * BLOCK_N + tl.arange(0, BLOCK_N)
-    neuron, count = _listed(chosen_ptr, 1, G, place, SIZE, 1, BLOCK_G)
-    if program == 0:
-        _begin(state_ptr, count, tickets, BLOCK_G)
+    neuron, count = _listed(chosen_ptr, 1, G, program * BLOCK_N, SIZE, 1, BLOCK_N, BLOCK_G)
+    if program == tl.num_programs(0) - 1:  # which seldom has a neuron of its own
+        _keep_books(chosen_ptr, awake_ptr, counts_ptr, state_ptr, count, tickets, 1, G, PADDED, BLOCK_G)
     if program * BLOCK_N >= count:
         return
     listed = place < count
@@ -170,6 +217,8 @@ def _wake_gemm(
     gate_bias_ptr,
     up_bias_ptr,
     chosen_ptr,
+    awake_ptr,
+    counts_ptr,
     h_ptr,
     list_ptr,
     state_ptr,
@@ -182,6 +231,7 @@ def _wake_gemm(
     GATE_BIAS: tl.constexpr,
     UP_BIAS: tl.constexpr,
     LISTED: tl.constexpr,
+    PADDED: tl.constexpr,
     EARLY: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -198,9 +248,9 @@ def _wake_gemm(
     count = G * SIZE
     neuron = place
     if LISTED:  # there is one tile of rows
-        neuron, count = _listed(chosen_ptr, M, G, place, SIZE, BLOCK_M, BLOCK_G)
-    if (program == 0) & (tile == 0):
-        _begin(state_ptr, count, tickets, BLOCK_G)
+        neuron, count = _listed(chosen_ptr, M, G, program * BLOCK_N, SIZE, BLOCK_M, BLOCK_N, BLOCK_G)
+    if (program == tl.num_programs(1) - 1) & (tile == 0):  # which seldom has a neuron of its own
+        _keep_books(chosen_ptr, awake_ptr, counts_ptr, state_ptr, count, tickets, M, G, PADDED, BLOCK_G)
     if program * BLOCK_N >= count:
         return
     listed = place < count
@@ -324,6 +374,7 @@ class Hidden(NamedTuple):
 def routed_ffn(
     x: Tensor,
     weights: Weights,
+    counts: Tensor,
     awake: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
@@ -331,7 +382,8 @@ def routed_ffn(
 ) -> Tensor:
     """x [M, K] contiguous -> y [M, K] = ffn(rms_norm(x)) + residual, norm and residual where given.
 
-    awake: int64 [M]; rows where it is 0 wake nothing. norm: fp32 [K].
+    counts: int64 [3], to which rows, groups that they woke and groups that were read are added. awake: int64 [M]; rows
+    where it is 0 wake nothing. norm: fp32 [K].
     """
     y = torch.empty_like(x)
     if y.numel() == 0:
@@ -339,9 +391,10 @@ def routed_ffn(
     m, name = len(x), tuning.target()
     chosen, x = route(x, weights, awake, norm, eps)
     if m > tuning.masked_rows(x.dtype, name):
+        count(counts, chosen, awake)
         return _by_cublas(x, weights, chosen, residual)
     tile = tuning.routed_tile(m, x.dtype, name, tuning.ROUTED_DOWN)
-    hidden = wake(x, weights, chosen, triton_routed_down.blocks(m, x.shape[1], tile))
+    hidden = wake(x, weights, chosen, counts, awake, triton_routed_down.blocks(m, x.shape[1], tile))
     triton_routed_down.down(hidden, weights.groups[-1].flatten(0, 1), weights.biases[2], residual, y, tile)
     return y
 
@@ -354,7 +407,7 @@ def route(
     chosen = x.new_empty(m, groups, dtype=torch.int8)
     normed = x if norm is None else torch.empty_like(x)
     block, rows = triton.next_power_of_2(k), tuning.ROUTER_ROWS.get(name, tuning.ROUTER_ROWS["default"])
-    _route[groups, triton.cdiv(m, rows)](
+    _route[triton.cdiv(groups, ROUTER_GROUPS), triton.cdiv(m, rows)](
         x,
         norm,
         weights.router,
@@ -368,6 +421,7 @@ def route(
         eps,
         NORM=norm is not None,
         PADDED=awake is not None,
+        GROUPS=ROUTER_GROUPS,
         ROWS=rows,
         BLOCK_K=block,
         num_warps=min(max(block // ROUTER_WARP, 1), 16),
@@ -376,16 +430,17 @@ def route(
     return chosen, normed
 
 
-def wake(x: Tensor, weights: Weights, chosen: Tensor, tickets: int) -> Hidden:
+def wake(x: Tensor, weights: Weights, chosen: Tensor, counts: Tensor, awake: Tensor | None, tickets: int) -> Hidden:
     """The hidden values of the neurons that any row wakes, or of all; zero where a row does not wake them."""
     (m, k), groups, name = x.shape, len(weights.router), tuning.target()
     tile = tuning.routed_tile(m, x.dtype, name, tuning.ROUTED_WAKE)
     listing = m <= tuning.UNION_ROWS.get(name, tuning.UNION_ROWS["default"])
     listed, state = x.new_empty(weights.neurons + 1 + tickets, dtype=torch.int32).tensor_split([weights.neurons])
     h = x.new_empty(m, weights.neurons)
-    tensors = (x, weights.groups, *weights.biases[:2], chosen, h, listed, state)
+    tensors = (x, weights.groups, *weights.biases[:2], chosen, awake, counts, h, listed, state)
     arguments = {
         **weights.flags(),
+        "PADDED": awake is not None,
         "BLOCK_G": triton.next_power_of_2(groups),
         **tuning.early(name),
         **tuning.blocks(tile),

@@ -130,7 +130,7 @@ ROUTED_WAKE: dict[str, tuple[Tile, ...]] = {
 ROUTED_DOWN: dict[str, tuple[Tile, ...]] = {
     "default": (
         Tile(1, 128, 32, warps=4, stages=1),
-        Tile(16, 64, 64, warps=4, stages=3),
+        Tile(16, 64, 128, warps=4, stages=4),
         Tile(64, 64, 64, warps=4, stages=3),
         Tile(128, 64, 64, warps=8, stages=3),
     ),

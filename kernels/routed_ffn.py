@@ -18,14 +18,18 @@ any company. Rows whose `awake` is 0 wake nothing: they pad a captured step.
 
 from __future__ import annotations
 
+import builtins
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from . import ops
 from .dispatch import fallback
-from .fused import ACTIVATIONS
+from .fused import ACTIVATIONS, act_reference, gated_act_reference
+from .masked import for_triton
+from .native import library
 from .unit import Around, Packed, Prepared, Traffic, Unit
 
 NAME = "routed_ffn"
@@ -34,6 +38,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP_SIZES = (8, 16, 32)
 KINDS = tuple(ACTIVATIONS)
 BIASES = ("gate_bias", "up_bias", "down_bias")
+TILE_OUTPUTS = 16
+MOST_ROWS = 512
+"""Rows of x that the native kernel takes at once: it keeps all their hidden values and sums."""
 PARAMS = ("group_size", "tau", "activation")
 
 Tensor = torch.Tensor
@@ -126,35 +133,59 @@ def decide(x: Tensor, router: Tensor, threshold: float, awake: Tensor | None = N
 
 
 def reference(x: Tensor, packed: Packed, path: str) -> Tensor:
-    """x [M, K] -> y [M, N] in x.dtype: fp32 products, the hidden values rounded once; sleeping neurons are zero."""
-    t, size = packed.tensors, packed.params["group_size"]
-    biases, act = [t.get(role) for role in BIASES], packed.params["activation"]
-    chosen = decide(x, t["router"], threshold(packed.params["tau"]))
-    return _masked(x, t["groups"], biases, chosen, size, act).to(x.dtype)
+    """x [M, K] -> y [M, N] in x.dtype: fp32 sums, each product rounded to it; sleeping neurons are zero."""
+    t, params = packed.tensors, packed.params
+    chosen = decide(x, t["router"], threshold(params["tau"]))
+    return _masked(x, t["groups"], [t.get(role) for role in BIASES], chosen, params["activation"])
 
 
-def _masked(x: Tensor, groups: Tensor, biases: list[Tensor | None], chosen: Tensor, size: int, act: str) -> Tensor:
-    """Every neuron of every row, of which those of sleeping groups count nothing: y fp32 [M, N]."""
-    *ins, down = (rows.flatten(0, 1).float() for rows in groups.unbind(1))
-    shifts = [None if bias is None else bias.float() for bias in biases]
-    hidden = F.linear(x.float(), ins[-1], shifts[1])
-    if len(ins) > 1:
-        hidden = ACTIVATIONS[act](F.linear(x.float(), ins[0], shifts[0])) * hidden
-    else:
-        hidden = ACTIVATIONS[act](hidden)
-    hidden = hidden.where(chosen.repeat_interleave(size, dim=1), 0)
-    return F.linear(hidden.to(x.dtype).float(), down.t(), shifts[2])
+def _masked(x: Tensor, groups: Tensor, biases: Sequence[Tensor | None], chosen: Tensor, act: str) -> Tensor:
+    """Every neuron of every row, of which those of sleeping groups count nothing: y [M, N] in x.dtype.
+
+    groups [G, rows, size, K] of any dtype; gate, up and their product are rounded to x.dtype, as torch's own would be.
+    """
+    *ins, down = (rows.flatten(0, 1).to(x.dtype) for rows in groups.unbind(1))
+    shifts = [None if bias is None else bias.to(x.dtype) for bias in biases]
+    up = F.linear(x, ins[-1], shifts[1])
+    hidden = (
+        gated_act_reference(torch.cat([F.linear(x, ins[0], shifts[0]), up], 1), act)
+        if len(ins) > 1
+        else act_reference(up, act)
+    )
+    hidden = hidden.where(chosen.repeat_interleave(groups.shape[2], dim=1), 0)
+    return F.linear(hidden, down.t(), shifts[2])
 
 
 def prepare(packed: Packed, device: torch.device | str) -> Prepared:
-    """tensors: groups, gate_bias, up_bias, down_bias or None each, router. ints: group size, index of the activation
-    in KINDS. floats: what a logit has to exceed."""
+    """tensors: groups or, for a CPU, slabs; gate_bias, up_bias, down_bias or None each; router; counts int64 [3].
+
+    ints: group size, index of the activation in KINDS, 1 with a gate. floats: what a logit has to exceed. `counts`
+    grows with every call: rows, groups that they woke, groups that were read.
+    """
     t, params = packed.tensors, packed.params
-    roles = ("groups", *BIASES, "router")
-    tensors = tuple(None if t.get(role) is None else t[role].to(device).contiguous() for role in roles)
+    groups = t["groups"] if for_triton(device) else _slabs(t["groups"])
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    moved = tuple(None if t.get(role) is None else t[role].to(device).contiguous() for role in (*BIASES, "router"))
     outputs: dict[str, tuple[int, ...]] = {path: (n,) for path, (n, _) in packed.modules.items()}
-    ints = (params["group_size"], KINDS.index(params["activation"]))
-    return Prepared(NAME, outputs, tensors, ints, (threshold(params["tau"]),))
+    ints = (params["group_size"], KINDS.index(params["activation"]), t["groups"].shape[1] - 2)
+    return Prepared(NAME, outputs, (groups.to(device).contiguous(), *moved, counts), ints, (threshold(params["tau"]),))
+
+
+def _slabs(groups: Tensor) -> Tensor:
+    """[G, rows, size, K] -> [G, slab] as the native kernels read it: gate and up rows, then tiles of down.
+
+    A tile [size / step, TILE_OUTPUTS, step] has the weights of all the group's neurons for neighbouring outputs; bf16
+    neurons lie in pairs, step 2, which is how AVX512-BF16 and AMX multiply them. Outputs behind K are zero.
+    """
+    step, down = _step(groups.dtype), groups[:, -1]
+    down = F.pad(down, (0, -down.shape[2] % TILE_OUTPUTS))
+    tiles = down.unflatten(2, (-1, TILE_OUTPUTS)).unflatten(1, (-1, step)).permute(0, 3, 1, 4, 2)
+    return torch.cat([groups[:, :-1].flatten(1), tiles.flatten(1)], dim=1)
+
+
+def _step(dtype: torch.dtype) -> int:
+    """Neurons that lie side by side in a tile of down."""
+    return 2 if dtype == torch.bfloat16 else 1
 
 
 def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
@@ -164,8 +195,8 @@ def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
 
 def apply(x: Tensor, prepared: Prepared, path: str, wide: bool = False, awake: Tensor | None = None) -> Tensor:
     """x [M, K] contiguous -> y [M, N] of the whole layer; rows whose `awake` int64 [M] is 0 wake no group."""
-    groups, *biases, router = prepared.tensors
-    y = _ROUTED_FFN(x, groups, biases, router, *prepared.ints, *prepared.floats, awake)
+    groups, *biases, router, counts = prepared.tensors
+    y = _ROUTED_FFN(x, groups, biases, router, counts, *prepared.ints, *prepared.floats, awake)
     return y.float() if wide else y
 
 
@@ -190,10 +221,12 @@ def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
 
 
 def traffic(packed: Packed, m: int) -> Traffic:
-    """With every group awake, which is the most: all tensors once, two flops for each weight and row."""
+    """With every group awake, which is the most: what `prepare` lays out for a CPU, two flops a weight and row."""
     t = packed.tensors
     weights = t["groups"].numel() + t["router"].numel()
-    return Traffic(sum(tensor.nbytes for tensor in t.values()), 2 * m * weights)
+    counts, spare = 24, -t["router"].shape[1] % TILE_OUTPUTS * t["groups"][:, -1, :, 0].numel()
+    laid = sum(tensor.nbytes for tensor in t.values()) + spare * t["groups"].element_size()
+    return Traffic(laid + counts, 2 * m * weights)
 
 
 def cases() -> list[Unit]:
@@ -215,7 +248,7 @@ def cases() -> list[Unit]:
         return Unit({"m": (k, k)}, tensors | {"router": random(groups, k)}, params)
 
     shapes: list[tuple[int, int, int, bool, bool, str]] = [
-        (1, 8, 1, True, False, "silu"),
+        (1, 8, 41, True, False, "silu"),
         (3, 16, 33, True, True, "gelu_new"),
         (5, 8, 48, False, True, "relu"),
         (6, 32, 130, True, False, "silu"),
@@ -224,36 +257,90 @@ def cases() -> list[Unit]:
     return [unit(*shape, dtype) for shape in shapes for dtype in DTYPES]
 
 
-def _check(x: Tensor, groups: Tensor, biases: list[Tensor | None], router: Tensor, awake: Tensor | None) -> None:
-    inputs = groups.shape[3]
+def _check(x: Tensor, groups: Tensor, router: Tensor, awake: Tensor | None) -> None:
+    inputs = router.shape[1]
     if x.dim() != 2 or x.shape[1] != inputs or x.dtype != groups.dtype or not x.is_contiguous():
         raise ValueError(
             f"routed_ffn wants contiguous x [M, {inputs}] of {groups.dtype}, "
             f"got {tuple(x.shape)} of {x.dtype} with strides {x.stride()}"
         )
-    if awake is not None and (awake.shape != x.shape[:1] or awake.dtype != torch.int64):
-        raise ValueError(f"routed_ffn wants awake [{x.shape[0]}] of int64, got {tuple(awake.shape)} of {awake.dtype}")
+    if awake is not None and (awake.shape != x.shape[:1] or awake.dtype != torch.int64 or not awake.is_contiguous()):
+        raise ValueError(
+            f"routed_ffn wants contiguous awake [{x.shape[0]}] of int64, got {tuple(awake.shape)} of {awake.dtype}"
+        )
 
 
 def _on_cpu(
     x: Tensor,
-    groups: Tensor,
-    biases: list[Tensor | None],
+    slabs: Tensor,
+    biases: Sequence[Tensor | None],
     router: Tensor,
+    counts: Tensor,
     size: int,
     kind: int,
+    gated: int,
     threshold: float,
     awake: Tensor | None,
 ) -> Tensor:
-    _check(x, groups, biases, router, awake)
-    fallback("routed_ffn", "no kernel yet")
-    return _masked(x, groups, biases, decide(x, router, threshold, awake), size, KINDS[kind]).to(x.dtype)
+    _check(x, slabs, router, awake)
+    native = library.load()
+    most = 0 if native is None else native.routed_rows(x.dtype)
+    if native is None:
+        fallback("routed_ffn", library.why_not())
+    elif x.shape[0] <= most or most >= MOST_ROWS:
+        y = torch.empty_like(x)
+        for part, rows, live in _parts(x, y, awake):
+            how = (size, bool(gated), KINDS[kind], threshold)
+            native.routed_ffn(part, slabs, biases, router, counts, *how, live, rows)
+        return y
+    chosen = decide(x, router, threshold, awake)
+    _count(counts, chosen, awake)
+    return _masked(x, _groups(slabs, size, gated, x.shape[1]), biases, chosen, KINDS[kind])
+
+
+def _parts(x: Tensor, y: Tensor, awake: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """MOST_ROWS rows of each at a time."""
+    for first in range(0, x.shape[0], MOST_ROWS):
+        rows = builtins.slice(first, first + MOST_ROWS)
+        yield x[rows], y[rows], None if awake is None else awake[rows]
+
+
+def _groups(slabs: Tensor, size: int, gated: int, inputs: int) -> Tensor:
+    """`_slabs` undone: [G, rows, size, K]."""
+    ins, tiles = slabs.split([(1 + gated) * size * inputs, slabs.shape[1] - (1 + gated) * size * inputs], dim=1)
+    step = _step(slabs.dtype)
+    down = tiles.unflatten(1, (-1, size // step, TILE_OUTPUTS, step)).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
+    return torch.cat([ins.unflatten(1, (-1, size, inputs)), down[:, None, :, :inputs]], dim=1)
+
+
+def _count(counts: Tensor, chosen: Tensor, awake: Tensor | None) -> None:
+    live = torch.ones_like(chosen[:, 0]) if awake is None else awake != 0
+    counts += torch.stack([live.sum(), chosen.sum(), chosen.any(0).sum()])
+
+
+def _on_gpu(
+    x: Tensor,
+    groups: Tensor,
+    biases: Sequence[Tensor | None],
+    router: Tensor,
+    counts: Tensor,
+    size: int,
+    kind: int,
+    gated: int,
+    threshold: float,
+    awake: Tensor | None,
+) -> Tensor:
+    _check(x, groups, router, awake)
+    fallback("routed_ffn", "it has no Triton kernel yet")
+    chosen = decide(x, router, threshold, awake)
+    _count(counts, chosen, awake)
+    return _masked(x, groups, biases, chosen, KINDS[kind])
 
 
 _ROUTED_FFN = ops.register(
-    "routed_ffn(Tensor x, Tensor groups, Tensor?[] biases, Tensor router, int size, int kind, float threshold, "
-    "Tensor? awake) -> Tensor",
+    "routed_ffn(Tensor x, Tensor groups, Tensor?[] biases, Tensor router, Tensor(a!) counts, int size, int kind, "
+    "int gated, float threshold, Tensor? awake) -> Tensor",
     cpu=_on_cpu,
-    gpu=_on_cpu,
+    gpu=_on_gpu,
     fake=lambda x, *_: torch.empty_like(x),
 )

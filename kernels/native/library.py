@@ -38,6 +38,7 @@ _SIGNATURES = {
     "pared_sparse_linear": (*_RUN, *[_PTR] * 6, _INT, _INT, *[_I64] * 4),
     "pared_spread": (*_RUN, *[_PTR] * 4, *[_I64] * 3),
     "pared_basis_linear": (*_RUN, *[_PTR] * 2, _I64, _PTR, *[_I64] * 2),
+    "pared_routed_ffn": (*_RUN, *[_PTR] * 9, _INT, _INT, *[_I64] * 4, _F32),
     "pared_in_order": (*_RUN, *[_PTR] * 3, *[_I64] * 2),
     "pared_read": (_INT, _INT, _PTR, _I64, _PTR),
     "pared_rms_norm": (*_RUN, *[_PTR] * 3, *[_I64] * 3, _F32),
@@ -85,6 +86,8 @@ _SPARSE_ROWS = {
 # basis_linear against two F.linears a part, whose gather and whose z go through memory.
 _BASIS_ROWS = _LINEAR_ROWS | {"amx": _LINEAR_ROWS["amx"] | {torch.bfloat16: 128}}
 
+# routed_ffn against F.linear on parts of its weights laid out plainly. AMX reads the weights again for every so many.
+_ROUTED_ROWS = _SPARSE_ROWS
 
 _recording: contextvars.ContextVar[Library | None] = contextvars.ContextVar("pared_recording", default=None)
 
@@ -134,6 +137,10 @@ class Library:
     def basis_rows(self, dtype: torch.dtype) -> int:
         """The largest M for which `basis_linear` is the path of choice; two F.linears a part are above it."""
         return _BASIS_ROWS[self.level][dtype]
+
+    def routed_rows(self, dtype: torch.dtype) -> int:
+        """The largest M for which `routed_ffn` is the path of choice; F.linear on weights laid out anew above."""
+        return _ROUTED_ROWS[self.level][dtype]
 
     def linear(
         self,
@@ -217,6 +224,30 @@ class Library:
             out.data_ptr(),
             *x.shape,
         )
+
+    def routed_ffn(
+        self,
+        x: torch.Tensor,
+        slabs: torch.Tensor,
+        biases: Sequence[torch.Tensor | None],
+        router: torch.Tensor,
+        counts: torch.Tensor,
+        size: int,
+        gated: bool,
+        kind: str,
+        threshold: float,
+        awake: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """out [M, K] = the routed FFN of x [M, K], as kernels/routed_ffn.py lays it out and defines it.
+
+        biases: of gate, up and down. counts: int64 [3], to which rows, groups woken and groups read are added.
+        A row wakes the same groups in any company and at any M; its sums depend on others as those of `linear` do.
+        """
+        given = (x, slabs, router, *biases, awake, counts, out)
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in given)
+        sizes = (*x.shape, len(router), size)
+        self.calls.pared_routed_ffn(*self._run(x), *pointers, gated, KINDS[kind], *sizes, threshold)
 
     def in_order(self, x: torch.Tensor, order: torch.Tensor, out: torch.Tensor) -> None:
         """out [M, K] = x [M, K][:, order], order int32 [K]: a quarter of the time of torch's index_select."""

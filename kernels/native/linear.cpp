@@ -27,12 +27,12 @@ i64 packed_words(i64 m, i64 k) { return amx::packed_words(m, k); }
 void pack(const void* x, i64 x_stride, const int* order, i64 m, i64 k, u32* packed, i64 begin, i64 end) {
     amx::pack(static_cast<const bf16*>(x), x_stride, order, m, k, packed, begin, end);
 }
-static thread_local i64 held = 0;  // columns of the configured tiles
-void hold_tiles(i64 m) {
+static thread_local i64 held = 0;  // what the tiles are configured for: 64 columns + depth
+void hold_tiles(i64 m, i64 depth) {
     const i64 columns = least(m, amx::TILE_M);
-    if (columns == held) return;
-    amx::configure(columns);
-    held = columns;
+    if (64 * columns + depth == held) return;
+    amx::configure(columns, depth);
+    held = 64 * columns + depth;
 }
 void release_tiles() {
     if (held) amx::release();
@@ -47,7 +47,7 @@ static Rows rows_of_bf16(int level, const Linear& a) {
 bool on_tiles(int, int, i64, i64) { return false; }
 i64 packed_words(i64, i64) { return 0; }
 void pack(const void*, i64, const int*, i64, i64, u32*, i64, i64) {}
-void hold_tiles(i64) {}
+void hold_tiles(i64, i64) {}
 void release_tiles() {}
 static Rows rows_of_bf16(int, const Linear&) { return scalar::rows_of<bf16, bf16>; }
 #endif
@@ -61,6 +61,11 @@ Rows rows_of(int level, int dtype, const Linear& a) {
     if (a.scale) return rows_of_int8(level, dtype);
     if (dtype == BF16) return rows_of_bf16(level, a);
     return dtype == FP16 ? WIDEST(level, rows_of<fp16, fp16>) : WIDEST(level, rows_of<float, float>);
+}
+
+Rows fp32_rows_of(int level, int dtype) {
+    if (dtype == BF16) return WIDEST(level, rows_of<bf16, float>);
+    return dtype == FP16 ? WIDEST(level, rows_of<fp16, float>) : WIDEST(level, rows_of<float, float>);
 }
 
 namespace {

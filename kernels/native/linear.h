@@ -17,6 +17,8 @@ struct Linear {
 using Rows = void (*)(const Linear&, i64 begin, i64 end);
 
 Rows rows_of(int level, int dtype, const Linear& a);
+// Of fp32 weights, whatever type x has; the same sums for every number of rows.
+Rows fp32_rows_of(int level, int dtype);
 
 // Tiles: who takes them, the words that m rows of k columns are packed into, and the packing of rows begin .. end,
 // column order[i] as column i where there is an order. 16 rows share cache lines and should be one thread's.
@@ -24,8 +26,9 @@ bool on_tiles(int level, int dtype, i64 m, i64 n);
 i64 packed_words(i64 m, i64 k);
 void pack(const void* x, i64 x_stride, const int* order, i64 m, i64 k, u32* packed, i64 begin, i64 end);
 
-// The tile registers of the calling thread, configured for m rows of x until they are released.
-void hold_tiles(i64 m);
+// The tile registers of the calling thread, configured for m rows of x and so many inputs of a tile until they are
+// released.
+void hold_tiles(i64 m, i64 depth = 32);
 void release_tiles();
 
 constexpr i64 ROWS = 16;                     // a chunk of W is a multiple of this many rows

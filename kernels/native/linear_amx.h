@@ -18,11 +18,12 @@ struct TileConfig {
     unsigned char rows[16] = {};
 };
 
-static inline void configure(i64 columns) {
+static inline void configure(i64 columns, i64 depth) {
     TileConfig config;
     for (int t = 0; t <= X_TILE_2; t++) {
-        config.rows[t] = 16;
-        config.column_bytes[t] = u16(t == W_TILE || t == W_TILE_2 ? 2 * TILE_K : 4 * columns);
+        const bool w = t == W_TILE || t == W_TILE_2, x = t == X_TILE || t == X_TILE_2;
+        config.rows[t] = (unsigned char)(x ? depth / 2 : 16);
+        config.column_bytes[t] = u16(w ? 2 * depth : 4 * columns);
     }
     __asm__ volatile("ldtilecfg %0" : : "m"(config));  // GCC's intrinsic owns up to 8 bytes, and loses the others
 }

@@ -18,6 +18,14 @@ static inline V load(const i8* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
+static inline V load_even(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+}
+static inline V load_odd(const bf16* p) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000))));
+}
+
 static inline V expand(u32 mask, V packed) {
     const __m256i from = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(EXPAND.from[mask & 0xff])));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(packed, from), splat(0.0f), _mm256_castsi256_ps(from));

@@ -37,6 +37,11 @@ static inline V load(const i8* p, i64 n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
 }
 
+static inline V load_even(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+static inline V load_odd(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))));
+}
+
 static inline V expand(u32 mask, V packed) { return _mm512_maskz_expand_ps(__mmask16(mask), packed); }
 
 static inline void store(float* p, V x) { _mm512_storeu_ps(p, x); }

@@ -15,6 +15,8 @@ template <class T>
 static inline V load(const T* p) { return to_float(*p); }
 template <class T>
 static inline V load(const T* p, i64 n) { return n > 0 ? to_float(*p) : 0.0f; }
+static inline V load_even(const bf16* p) { return to_float(p[0]); }  // of 2 W neighbours those at even places
+static inline V load_odd(const bf16* p) { return to_float(p[1]); }
 template <class T>
 static inline void store(T* p, V x) { cast(x, p); }
 template <class T>

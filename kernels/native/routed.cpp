@@ -1,0 +1,143 @@
+// The routed feed-forward layer. Every row of x is routed by itself, in fp32 and in one order of sums; the groups that
+// any row wakes are listed, and the list decides what is read. A sleeping row's hidden values are zero.
+#define KERNEL "routed_kernel.h"
+#include "routed.h"
+
+#include "every_level.h"
+
+#if PARED_X86
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+namespace avx512_bf16 {
+#include "vec_avx512.h"
+#include "vec_math.h"
+#define PARED_DOT_BF16 1
+#include "routed_kernel.h"
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16")
+namespace amx {
+#include "routed_amx.h"
+}  // namespace amx
+#pragma GCC pop_options
+}  // namespace avx512_bf16
+#pragma GCC pop_options
+static Down down_of_bf16(int level, bool tiles) {
+    if (tiles) return avx512_bf16::amx::down;
+    return level < AVX512_BF16 ? WIDEST(level, down<bf16>) : avx512_bf16::down<bf16>;
+}
+#else
+static Down down_of_bf16(int, bool) { return scalar::down<bf16>; }
+#endif
+
+#define WIDEST_OF(level, dtype, name) \
+    (dtype == BF16 ? WIDEST(level, name<bf16>) : dtype == FP16 ? WIDEST(level, name<fp16>) : WIDEST(level, name<float>))
+
+namespace {
+
+constexpr i64 UP_PIECES = 32, DOWN_BLOCKS = 32;  // pieces of the list; blocks of outputs in a piece, at most
+
+struct RoutedCall final : Call {
+    Routed a;
+    Linear router, up;  // up: of one slab
+    Rows router_rows, up_rows;
+    Hide hide;
+    Down down;
+    Finish finish;
+    float* sums;  // [pieces, m, rows of a slab]
+    int level, dtype;
+    bool tiles;
+    enum { PACK, ROUTE, CHOOSE, UP, DOWN };
+
+    RoutedCall(int level, int dtype, const Routed& given)
+        : a(given), level(level), dtype(dtype), tiles(on_tiles(level, dtype, given.m, given.rows())) {
+        a.padded_m = tiles ? ceil_div(a.m, ROWS) * ROWS : a.m;
+        hide = WIDEST_OF(level, dtype, hide);
+        down = dtype == BF16 ? down_of_bf16(level, tiles) : WIDEST_OF(level, dtype, down);
+        finish = WIDEST_OF(level, dtype, finish);
+        router_rows = fp32_rows_of(level, dtype);
+    }
+
+    i64 element() const { return element_bytes(dtype); }
+    i64 pieces() const { return least(UP_PIECES, a.groups); }
+    int useful_threads(int threads) const override { return ::useful_threads(a.groups * a.slab() * element(), threads); }
+
+    void lay_out(Scratch& scratch) override {
+        a.logits = scratch.take<float>(a.m * a.groups * 4);
+        a.chosen = scratch.take<unsigned char>(a.m * a.groups);
+        a.list = scratch.take<i64>((a.groups + 1) * 8);
+        a.hidden = scratch.take<char>(a.groups * a.padded_m * a.size * element());
+        a.totals = scratch.take<float>(a.blocks() * a.padded_m * TILE_N * 4);
+        sums = scratch.take<float>(pieces() * a.m * a.rows() * 4);
+        const u32* packed = scratch.take<u32>(tiles ? packed_words(a.m, a.k) * 4 : 0);
+        router = {a.x, a.router, nullptr, a.logits, false, true, a.m, a.groups, a.k, a.k, 0, a.groups, nullptr};
+        up = {a.x, a.slabs, nullptr, sums, false, true, a.m, a.rows(), a.k, a.k, 0, a.rows(), packed};
+        up_rows = rows_of(level, dtype, up);
+    }
+
+    Span enqueue(Queue& queue, Span after) override {
+        const Span packed = queue.add(*this, PACK, tiles ? a.m : 0, ROWS, after);
+        const Span routed = queue.add(*this, ROUTE, a.groups, rows_per_chunk(4 * a.k, a.groups, queue.threads), after);
+        const Span chosen = queue.add(*this, CHOOSE, 1, 1, routed);
+        const Span hidden = queue.add(*this, UP, pieces(), 1, tiles ? Span{packed.first, 3} : chosen);
+        const i64 blocks = most(1, least(DOWN_BLOCKS, ceil_div(a.blocks(), 4 * queue.threads)));
+        return queue.add(*this, DOWN, a.blocks(), blocks, hidden);
+    }
+
+    void run(int step, i64 begin, i64 end) const override {
+        switch (step) {
+            case PACK: return pack(a.x, a.k, nullptr, a.m, a.k, const_cast<u32*>(up.packed), begin, end);
+            case ROUTE: return router_rows(router, begin, end);
+            case CHOOSE: return choose();
+            case UP: return wake(begin);
+            default:
+                if (tiles) hold_tiles(ROWS, a.size);
+                down(a, begin, end);
+                finish(a, begin, end);
+        }
+    }
+
+    void choose() const {
+        i64 rows = 0, woken = 0, read = 0;
+        for (i64 m = 0; m < a.m; m++) {
+            const bool live = !a.awake || a.awake[m];
+            rows += live;
+            for (i64 g = 0; g < a.groups; g++) {
+                const i64 at = m * a.groups + g;
+                woken += a.chosen[at] = live && a.logits[at] > a.threshold;
+            }
+        }
+        for (i64 g = 0; g < a.groups; g++) {
+            bool any = false;
+            for (i64 m = 0; m < a.m && !any; m++) any = a.chosen[m * a.groups + g];
+            if (any) a.list[read++] = g;
+        }
+        a.list[a.groups] = read;
+        a.counts[0] += rows, a.counts[1] += woken, a.counts[2] += read;
+    }
+
+    void wake(i64 piece) const {
+        Linear one = up;
+        float* own = sums + piece * a.m * a.rows();
+        one.y = own;
+        if (tiles) hold_tiles(a.m);
+        for (i64 at = piece * a.listed() / pieces(); at < (piece + 1) * a.listed() / pieces(); at++) {
+            one.w = static_cast<const char*>(a.slabs) + a.list[at] * a.slab() * element();
+            up_rows(one, 0, a.rows());
+            hide(a, at, own);
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" void pared_routed_ffn(int level, int dtype, int threads, const void* x, const void* slabs, const float* router,
+                                 const void* gate_bias, const void* up_bias, const void* down_bias, const i64* awake,
+                                 i64* counts, void* y, int gated, int kind, i64 m, i64 k, i64 groups, i64 size,
+                                 float threshold) {
+    if (!m) return;
+    Routed a{};
+    a.x = x, a.slabs = slabs, a.router = router, a.gate_bias = gate_bias, a.up_bias = up_bias, a.down_bias = down_bias;
+    a.awake = awake, a.counts = counts, a.y = y, a.m = m, a.k = k, a.groups = groups, a.size = size;
+    a.gated = gated != 0, a.kind = kind, a.threshold = threshold;
+    submit(RoutedCall(level, dtype, a), threads);
+}

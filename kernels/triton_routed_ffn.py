@@ -1,12 +1,9 @@
-"""Triton kernels of the routed_ffn format: route, wake, and triton_routed_down.py sums up. Three launches at any M.
+"""Triton kernels of the routed_ffn format, three launches: triton_router.py, wake, triton_routed_down.py.
 
-route   A program has one group's router row in registers and takes one row of x after the other: the sums of a decision
-        are made in the same order whatever M is, by the same compiled kernel. An RMSNorm ahead is computed on the way,
-        as all of a row is there. A byte for each row and group says what is awake.
-wake    The bytes become a list of awake neurons without a word to the host: every program sums them up, finds the
-        groups that its own places in the list stand for, and ends where the list has ended. So the grid is that of all
-        neurons and a captured graph fits any decision. The first launch that needs the list as such reads what these
-        programs write down of it. A neuron's rows of gate and up lie 16 bytes by 16 in the order of x.
+The router leaves a byte for each row and group. It becomes a list of awake neurons without a word to the host: every
+program of `wake` sums the bytes up, finds the neurons that its own places in the list stand for, and ends where the
+list has ended. So the grid is that of all neurons, a captured graph fits any decision, and compaction is no launch of
+its own. For `down` the programs write down the list, and the hidden values at the same places.
 
 From two rows on the list is that of all rows together, and a row's own bytes cut its hidden values; above
 tuning.UNION_ROWS it is the list of all neurons, and above tuning.masked_rows cuBLAS multiplies. A row's result is that
@@ -24,61 +21,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import triton_routed_down, tuning
+from . import triton_routed_down, triton_router, tuning
 from .routed_ffn import count
 from .triton_fused import activate
 
 Tensor = torch.Tensor
-ROUTER_GROUPS, ROUTER_WARP = 2, 1024
-"""Groups of a router program, and inputs for each of its warps: a thread holds 64 numbers of the router.
-
-Not a table's to choose: sums of a decision are made in the order that follows from them.
-"""
 ACT_BLOCK = 1024
-
-
-@triton.jit(do_not_specialize=["M"])
-def _route(
-    x_ptr,
-    norm_ptr,
-    router_ptr,
-    awake_ptr,
-    normed_ptr,
-    chosen_ptr,
-    M,
-    K,
-    G,
-    threshold,
-    eps,
-    NORM: tl.constexpr,
-    PADDED: tl.constexpr,
-    EARLY: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    k = tl.arange(0, BLOCK_K)
-    mask = (group < G)[:, None] & (k < K)[None, :]
-    weights = tl.load(router_ptr + group[:, None].to(tl.int64) * K + k[None, :], mask=mask, other=0.0)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    for i in range(min(ROWS, M - tl.program_id(1) * ROWS)):
-        row = first + i
-        x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0)
-        if NORM:
-            wide = x.to(tl.float32)
-            scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / K + eps)
-            x = (wide * scale * tl.load(norm_ptr + k, mask=k < K, other=0.0)).to(x.dtype)
-            if tl.program_id(0) == 0:
-                tl.store(normed_ptr + row * K + k, x, mask=k < K)
-        chosen = tl.sum(x.to(tl.float32)[None, :] * weights, axis=1) > threshold
-        if PADDED:
-            chosen = chosen & (tl.load(awake_ptr + row) != 0)
-        tl.store(chosen_ptr + row * G + group, chosen.to(tl.int8), mask=group < G)
 
 
 @triton.jit
@@ -291,39 +239,25 @@ def _wake_gemm(
 
 @triton.jit
 def _masked_act(
-    in_ptr,
-    gate_bias_ptr,
-    up_bias_ptr,
+    gate_ptr,
+    up_ptr,
     chosen_ptr,
     h_ptr,
     size,
-    G,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
-    GATE_BIAS: tl.constexpr,
-    UP_BIAS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """h [M, F] from gate | up [M, 2 F] or up [M, F], of `size` elements, as `_masked_act_reference` has it."""
+    """h [M, F], of `size` elements: act(gate) * up, or act(up); zero where a row does not wake the neuron's group."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    neurons = G * SIZE
-    row, neuron = at // neurons, at % neurons
-    first = at + row * neurons if GATED else at
-    h = tl.load(in_ptr + first, mask=inside, other=0.0).to(tl.float32)
+    h = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        up = tl.load(in_ptr + first + neurons, mask=inside, other=0.0).to(tl.float32)
-        if GATE_BIAS:
-            h += tl.load(gate_bias_ptr + neuron, mask=inside, other=0.0).to(tl.float32)
-        if UP_BIAS:
-            up += tl.load(up_bias_ptr + neuron, mask=inside, other=0.0).to(tl.float32)
-        h = activate(h, ACT) * up
+        h *= activate(tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32), ACT)
     else:
-        if UP_BIAS:
-            h += tl.load(up_bias_ptr + neuron, mask=inside, other=0.0).to(tl.float32)
         h = activate(h, ACT)
-    chosen = tl.load(chosen_ptr + row * G + neuron // SIZE, mask=inside, other=0)
+    chosen = tl.load(chosen_ptr + at // SIZE, mask=inside, other=0)  # rows are whole groups
     tl.store(h_ptr + at, tl.where(chosen != 0, h, 0.0).to(h_ptr.dtype.element_ty), mask=inside)
 
 
@@ -351,12 +285,6 @@ class Weights(NamedTuple):
     @property
     def neurons(self) -> int:
         return len(self.router) * self.size
-
-    def flags(self) -> dict[str, object]:
-        """What both kernels that wake neurons are compiled for."""
-        gate, up, _ = self.biases
-        given = {"ACT": self.act, "GATED": self.gated, "GATE_BIAS": gate is not None, "UP_BIAS": up is not None}
-        return {**given, "SIZE": self.size}
 
 
 class Hidden(NamedTuple):
@@ -389,7 +317,7 @@ def routed_ffn(
     if y.numel() == 0:
         return y
     m, name = len(x), tuning.target()
-    chosen, x = route(x, weights, awake, norm, eps)
+    chosen, x = triton_router.route(x, weights.router, weights.threshold, awake, norm, eps)
     if m > tuning.masked_rows(x.dtype, name):
         count(counts, chosen, awake)
         return _by_cublas(x, weights, chosen, residual)
@@ -397,37 +325,6 @@ def routed_ffn(
     hidden = wake(x, weights, chosen, counts, awake, triton_routed_down.blocks(m, x.shape[1], tile))
     triton_routed_down.down(hidden, weights.groups[-1].flatten(0, 1), weights.biases[2], residual, y, tile)
     return y
-
-
-def route(
-    x: Tensor, weights: Weights, awake: Tensor | None, norm: Tensor | None = None, eps: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """int8 [M, G], 1 where a row wakes a group; and x, normed where there is a norm. See routed_ffn.decide."""
-    (m, k), groups, name = x.shape, len(weights.router), tuning.target()
-    chosen = x.new_empty(m, groups, dtype=torch.int8)
-    normed = x if norm is None else torch.empty_like(x)
-    block, rows = triton.next_power_of_2(k), tuning.ROUTER_ROWS.get(name, tuning.ROUTER_ROWS["default"])
-    _route[triton.cdiv(groups, ROUTER_GROUPS), triton.cdiv(m, rows)](
-        x,
-        norm,
-        weights.router,
-        awake,
-        normed,
-        chosen,
-        m,
-        k,
-        groups,
-        weights.threshold,
-        eps,
-        NORM=norm is not None,
-        PADDED=awake is not None,
-        GROUPS=ROUTER_GROUPS,
-        ROWS=rows,
-        BLOCK_K=block,
-        num_warps=min(max(block // ROUTER_WARP, 1), 16),
-        **tuning.early(name),
-    )
-    return chosen, normed
 
 
 def wake(x: Tensor, weights: Weights, chosen: Tensor, counts: Tensor, awake: Tensor | None, tickets: int) -> Hidden:
@@ -439,7 +336,11 @@ def wake(x: Tensor, weights: Weights, chosen: Tensor, counts: Tensor, awake: Ten
     h = x.new_empty(m, weights.neurons)
     tensors = (x, weights.groups, *weights.biases[:2], chosen, awake, counts, h, listed, state)
     arguments = {
-        **weights.flags(),
+        "ACT": weights.act,
+        "GATED": weights.gated,
+        "GATE_BIAS": weights.biases[0] is not None,
+        "UP_BIAS": weights.biases[1] is not None,
+        "SIZE": weights.size,
         "PADDED": awake is not None,
         "BLOCK_G": triton.next_power_of_2(groups),
         **tuning.early(name),
@@ -455,11 +356,12 @@ def wake(x: Tensor, weights: Weights, chosen: Tensor, counts: Tensor, awake: Ten
 
 def _by_cublas(x: Tensor, weights: Weights, chosen: Tensor, residual: Tensor | None) -> Tensor:
     """Every neuron of every row, the sleeping ones masked between two products of cuBLAS."""
-    rows = F.linear(x, weights.groups[:-1].flatten(0, 2))
-    h = x.new_empty(len(x), weights.neurons)
-    gate, up, down = weights.biases
-    tensors = (rows, gate, up, chosen, h, h.numel(), len(weights.router))
-    _masked_act[(triton.cdiv(h.numel(), ACT_BLOCK),)](*tensors, **weights.flags(), BLOCK=ACT_BLOCK)
-    last = weights.groups[-1].flatten(0, 1)
-    y = h @ last if down is None else torch.addmm(down, h, last)
+    *ins, last = (rows.flatten(0, 1) for rows in weights.groups)
+    gate_bias, up_bias, down_bias = weights.biases
+    up = F.linear(x, ins[-1], up_bias)
+    gate = F.linear(x, ins[0], gate_bias) if weights.gated else None
+    h = torch.empty_like(up)
+    given = {"ACT": weights.act, "GATED": weights.gated, "SIZE": weights.size, "BLOCK": ACT_BLOCK}
+    _masked_act[(triton.cdiv(h.numel(), ACT_BLOCK),)](gate, up, chosen, h, h.numel(), **given)
+    y = h @ last if down_bias is None else torch.addmm(down_bias, h, last)
     return y if residual is None else y + residual

@@ -387,17 +387,18 @@ def test_a_routed_ffn_takes_three_launches_that_wait_for_each_other(built):
 def test_awake_neurons_come_16_bytes_at_a_time(built):
     """Gate and up rows, and 256 bytes of a row of down; the router's row is all in registers."""
     target, reports = built
-    if target == "gfx942":
-        pytest.skip("its loads are counted with every linear's")
     for name in ("routed 1", "routed 1, groups of 8", "routed 1, fp32"):
         route, wake, down = reports[name]
+        if target == "gfx942":
+            assert min(kernel.wide_loads for kernel in reports[name]) >= 2, name
+            continue
         assert route.wide_loads >= 16, (name, route)
         assert wake.count(r"LDG\.E\.EF\.128") >= 8, (name, wake)
         assert wake.registers <= 128, (name, wake)  # four programs a multiprocessor, 64 KiB in flight
         assert down.count(r"LDG\.E\.EF\.128") >= 4, (name, down)
         assert down.registers <= 80, (name, down)
     for kernel in reports["routed 1"][1:]:
-        assert kernel.bytes_an_instruction >= 0.3, kernel
+        assert kernel.bytes_an_instruction >= (0.2 if target == "gfx942" else 0.3), kernel
 
 
 def test_rows_of_a_routed_ffn_go_through_tensor_cores(built):

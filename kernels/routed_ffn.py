@@ -214,6 +214,13 @@ def apply_around(
     return _AROUND(x, groups, biases, router, counts, *prepared.ints, *prepared.floats, *given)
 
 
+def groups_of(prepared: Prepared) -> int:
+    """How many groups a prepared unit has."""
+    router = prepared.tensors[-2]
+    assert router is not None
+    return len(router)
+
+
 def slice(packed: Packed, path: str, dim: int, start: int, stop: int) -> Packed:
     """Groups [start, stop), dim 2: their own router decides, results add up, the first shard has the down_bias."""
     groups = len(packed.tensors["router"])

@@ -19,6 +19,7 @@ from ..spec import Rope
 from .batch import Batch, build_batch
 from .cache import BlockAllocator, KVCache
 from .guided import Guide
+from .model import FfnUse
 from .params import SamplingParams
 from .prefix import PrefixCache
 from .rope import length_matters_above
@@ -47,6 +48,8 @@ class Model(Protocol):
     def spec(self) -> ModelSpec: ...
 
     def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor: ...
+
+    def ffn_use(self) -> tuple[FfnUse | None, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,13 @@ class EngineCore:
     def _remove(self, sequence: Sequence) -> None:
         del self._live[sequence.id]
         self.scheduler.remove(sequence)
+
+    def ffn_use(self) -> tuple[FfnUse | None, ...]:
+        """Of every layer what its routed FFN has done since it was loaded, None where it is not routed.
+
+        No part of `stats`, which is asked for after every step: on a GPU this waits for the device.
+        """
+        return self.model.ffn_use()
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -25,7 +25,7 @@ from ..spec import Spec
 from .batch import Batch
 from .cache import KVCache
 from .captured import BUCKETS, CapturedStep, bucket
-from .model import Decoder
+from .model import Decoder, FfnUse
 
 LARGEST = 16  # sequences of a recorded step
 TABLE_WIDTH = 64  # blocks that a first table has room for; more than that, and the step is recorded anew
@@ -44,6 +44,10 @@ class GraphedDecoder:
     @property
     def spec(self) -> Spec:
         return self.decoder.spec
+
+    def ffn_use(self) -> tuple[FfnUse | None, ...]:
+        """As Decoder's."""
+        return self.decoder.ffn_use()
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:

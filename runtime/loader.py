@@ -16,10 +16,10 @@ import torch
 from .. import families
 from ..compact import Folder, UnitEntry, open_folder
 from ..errors import BadParameter, MissingTensors, UnknownVersion, WrongShape
-from ..kernels import formats, int8
-from ..kernels.unit import Packed, Prepared, Unit
+from ..kernels import formats, int8, routed_ffn
+from ..kernels.unit import FP32_ROLES, Packed, Prepared, Unit
 from ..spec import Spec
-from .model import Block, Decoder, Ffn, Norm, Projection, Weights
+from .model import Block, Decoder, Ffn, Norm, Projection, RoutedFfn, Weights
 
 Shape = tuple[int, ...]
 
@@ -76,15 +76,36 @@ def _account(folder: Folder, spec: Spec) -> None:
     served: dict[str, tuple[int, int]] = {}
     for entry in folder.manifest.units:
         _check_format(folder.path, entry)
-        for module, shape in entry.modules.items():
+        if entry.covers:
+            _check_ffn(folder.path, entry, spec)
+        for module, shape in entry.linears.items():
             if module in served:
                 raise WrongShape(f"{folder.path}: module {module} is served by two units of the manifest")
             served[module] = shape
-            if entry.has_bias(module) != (module in linears and linears[module].bias):
+            if not entry.covers and entry.has_bias(module) != (module in linears and linears[module].bias):
                 state = "has a bias, which this model does not have" if entry.has_bias(module) else "lacks its bias"
                 raise WrongShape(f"{folder.path}: {module} {state}")
     _compare(folder.path, "module", wanted, served)
     _compare(folder.path, "tensor", spec.plain(), folder.manifest.plain_shapes)
+
+
+def _check_ffn(path: Path, entry: UnitEntry, spec: Spec) -> None:
+    """A unit in place of several linears is a routed FFN of this model: its linears, its activation, its biases."""
+    (module,) = entry.modules or ("no module",)
+    own = spec.ffns().get(module, {})
+    if entry.format != routed_ffn.NAME or entry.covers != {name: (linear.n, linear.k) for name, linear in own.items()}:
+        raise WrongShape(
+            f"{path}: {module}, stored as {entry.format}, stands for linears that are no FFN of this model"
+        )
+    wanted = {"gate"} if spec.gated else set()
+    biases = {"up_bias"} | {f"{role}_bias" for role in wanted} if spec.ffn_in_bias else set()
+    biases |= {"down_bias"} if spec.ffn_out_bias else set()
+    found = entry.tensors.keys() & set(routed_ffn.BIASES)
+    if found != biases or entry.params.get("activation") != spec.act:
+        raise WrongShape(
+            f"{path}: {module} has biases {sorted(found)} and the activation {entry.params.get('activation')!r}, "
+            f"this model {sorted(biases)} and {spec.act!r}"
+        )
 
 
 def _check_format(path: Path, entry: UnitEntry) -> None:
@@ -168,12 +189,18 @@ class _Loading:
             qkv=self._projection(paths(*names.qkv)),
             out=self._projection(paths(names.out)),
             ffn_norm=norm(names.ffn_norm, spec.hidden),
-            ffn=Ffn(
-                self._projection(paths(*names.ffn_in)), self._projection(paths(names.ffn_out)), spec.act, spec.gated
-            ),
+            ffn=self._ffn(i),
             q_norm=norm(names.q_norm, spec.head_dim) if spec.qk_norm else None,
             k_norm=norm(names.k_norm, spec.head_dim) if spec.qk_norm else None,
         )
+
+    def _ffn(self, i: int) -> Ffn | RoutedFfn:
+        spec, names = self.spec, self.spec.names
+        whole = spec.path(i, names.ffn)
+        if whole in self._units:
+            return RoutedFfn(self._prepare(whole), whole)
+        ins = self._projection([spec.path(i, name) for name in names.ffn_in])
+        return Ffn(ins, self._projection([spec.path(i, names.ffn_out)]), spec.act, spec.gated)
 
     def _projection(self, paths: list[str]) -> Projection:
         """Stack the units behind these modules if their format can; else run them one after the other."""
@@ -208,15 +235,15 @@ class _Loading:
         return prepared
 
     def _packed(self, entry: UnitEntry) -> Packed:
-        tensors = {role: self._tensor(name) for role, name in entry.tensors.items()}
+        tensors = {role: self._tensor(name, role in FP32_ROLES) for role, name in entry.tensors.items()}
         return Packed(entry.format, entry.version, entry.modules, tensors, entry.params)
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _tensor(self, name: str, keep_dtype: bool = False) -> torch.Tensor:
         """A tensor of the folder on the device; kept only where a second user is known (the tied embedding)."""
         if name in self._tensors:
             return self._tensors[name]
         found = self.folder.tensor(name)
-        if found.is_floating_point():
+        if found.is_floating_point() and not keep_dtype:
             found = found.to(self.dtype or found.dtype)
         found = found.to(self.device)
         if name in self.folder.manifest.plain:

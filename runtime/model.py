@@ -14,11 +14,12 @@ around it, and attention takes the rotation along. What is not taken runs step b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..errors import EngineError
-from ..kernels import attention, decode, formats, fused
+from ..kernels import attention, decode, formats, fused, routed_ffn
 from ..kernels.unit import Around, Prepared
 from ..spec import Layer, Spec
 from .batch import Batch
@@ -100,10 +101,47 @@ class Ffn:
     act: str
     gated: bool
 
-    def onto(self, stream: Stream, norm: Norm | None) -> Stream:
-        """stream + self(norm(stream))."""
+    def onto(self, stream: Stream, norm: Norm | None, slots: torch.Tensor) -> Stream:
+        """stream + self(norm(stream)); slots: of the batch, whose padding costs a dense FFN as much as other rows."""
         hidden, stream = self.inputs.of(norm, stream, self.act if self.gated else None)
         return self.output.onto(stream, hidden if self.gated else fused.act(hidden, self.act))
+
+
+@dataclass(frozen=True)
+class RoutedFfn:
+    """An FFN that is one unit, of which every row wakes some groups (kernels/routed_ffn.py)."""
+
+    prepared: Prepared
+    path: str
+
+    def onto(self, stream: Stream, norm: Norm | None, slots: torch.Tensor) -> Stream:
+        """stream + self(norm(stream)); rows that only pad a batch, those of slot 0, wake nothing."""
+        x, total = (stream.total, stream.total) if norm is None else norm.of(stream)
+        return Stream(total, routed_ffn.apply(x, self.prepared, self.path, awake=slots))
+
+    @property
+    def use(self) -> FfnUse:
+        """What it has done so far. On a GPU this waits for the device."""
+        counts = self.prepared.tensors[-1]
+        assert counts is not None
+        return FfnUse(routed_ffn.groups_of(self.prepared), *counts.tolist())
+
+
+class FfnUse(NamedTuple):
+    """A routed FFN since it was loaded: its groups, the rows that it has seen, the groups that these woke.
+
+    read: groups whose weights were read, once for all rows of a call.
+    """
+
+    groups: int
+    rows: int
+    woken: int
+    read: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the groups that slept, over all rows; 0 before the first."""
+        return 1 - self.woken / (self.groups * self.rows) if self.rows else 0.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +153,7 @@ class Block:
     qkv: Projection
     out: Projection
     ffn_norm: Norm
-    ffn: Ffn
+    ffn: Ffn | RoutedFfn
     q_norm: Norm | None = None
     k_norm: Norm | None = None
 
@@ -186,6 +224,11 @@ class Decoder:
             raise EngineError("the model was loaded without its head and gives no logits; load it with the head")
         return self.weights.head(self._states(rows, batch, cache), wide=True)
 
+    def ffn_use(self) -> tuple[FfnUse | None, ...]:
+        """Of every layer what its routed FFN has done so far, None where it is not routed."""
+        ffns = (block.ffn for block in self.weights.blocks)
+        return tuple(ffn.use if isinstance(ffn, RoutedFfn) else None for ffn in ffns)
+
     def _states(self, rows: Rows, batch: Batch, cache: KVCache) -> torch.Tensor:
         step = _Step(batch, rows.cos, rows.sin)
         layers = self._pre_norm if self.spec.pre_norm else self._post_norm
@@ -203,7 +246,7 @@ class Decoder:
         stream = Stream(hidden)
         for block, pools in zip(self.weights.blocks, cache.layers, strict=True):
             stream = self._attend(stream, block.attn_norm, block, pools, step)
-            stream = block.ffn.onto(stream, block.ffn_norm)
+            stream = block.ffn.onto(stream, block.ffn_norm, step.batch.slots)
         return self._last_norm(stream, step.batch.logit_rows)
 
     def _last_norm(self, stream: Stream, rows: torch.Tensor) -> torch.Tensor:
@@ -221,7 +264,7 @@ class Decoder:
         stream = Stream(hidden)
         for block, pools in zip(self.weights.blocks, cache.layers, strict=True):
             stream = Stream(block.attn_norm.of(self._attend(stream, None, block, pools, step))[0])
-            stream = Stream(block.ffn_norm.of(block.ffn.onto(stream, None))[0])
+            stream = Stream(block.ffn_norm.of(block.ffn.onto(stream, None, step.batch.slots))[0])
         rows = step.batch.logit_rows
         return stream.total[rows] if len(rows) < len(stream.total) else stream.total
 

@@ -44,43 +44,55 @@ static void hide(const Routed& a, i64 at, const float* sums) {
     }
 }
 
-constexpr i64 VECTORS = TILE_N / W;                                              // of a tile's outputs
-constexpr int FEW_TILES = ACCUMULATORS / VECTORS >= 4 ? 4 : ACCUMULATORS / VECTORS >= 2 ? 2 : 1;
-constexpr i64 TILE_AHEAD = 4096;  // bytes, prefetched
+// The tiles of list entry `at`.
+template <class T>
+static inline const T* tiles_of(const Routed& a, i64 at) {
+    return static_cast<const T*>(a.slabs) + a.list[at] * a.slab() + a.rows() * a.k;
+}
 
-// COUNT tiles side by side for one row of x.
+constexpr i64 VECTORS = TILE_N / W;  // of a tile's outputs
+constexpr int STREAMS = VECTORS == 1 ? 8 : ACCUMULATORS / VECTORS > 1 ? 2 : 1;
+
+// COUNT tiles, `apart` from each other, for one row of x; `ahead` is the first of those that are read next, or null.
 template <class T, int COUNT>
-static inline void tiles(const T* hidden, const T* tile, i64 size, float* total, i64 gap, bool fresh) {
+static inline void tiles(const Routed& a, const T* hidden, const T* tile, const T* ahead, i64 apart, float* total) {
     using N = Neurons<T>;
+    const i64 step = apart * TILE_N * a.size, gap = apart * TILE_N * a.padded_m;
     V acc[COUNT][VECTORS];
     for (int c = 0; c < COUNT; c++)
         for (i64 v = 0; v < VECTORS; v++) acc[c][v] = load(total + c * gap + v * W);
-    for (i64 j = 0; j < size; j += N::STEP)
+    for (i64 j = 0; j < a.size; j += N::STEP)
         for (int c = 0; c < COUNT; c++) {
-            const T* at = tile + (c * size + j) * TILE_N;
-            if (fresh) __builtin_prefetch(reinterpret_cast<const char*>(at) + TILE_AHEAD);
-            for (i64 v = 0; v < VECTORS; v++) acc[c][v] = N::add(acc[c][v], hidden + j, at + v * W * N::STEP);
+            const i64 at = c * step + j * TILE_N;
+            if (ahead) __builtin_prefetch(ahead + at);
+            for (i64 v = 0; v < VECTORS; v++) acc[c][v] = N::add(acc[c][v], hidden + j, tile + at + v * W * N::STEP);
         }
     for (int c = 0; c < COUNT; c++)
         for (i64 v = 0; v < VECTORS; v++) store(total + c * gap + v * W, acc[c][v]);
 }
 
+// Blocks begin .. end of one list entry as COUNT streams; `next` are the tiles of the entry after it.
+template <class T, int COUNT>
+static inline void streams(const Routed& a, i64 at, const T* next, i64 begin, i64 end) {
+    const T *own = tiles_of<T>(a, at), *hidden = static_cast<const T*>(a.hidden) + at * a.padded_m * a.size;
+    const i64 tile = TILE_N * a.size, apart = (end - begin) / COUNT;
+    for (i64 block = begin; block < begin + apart; block++) {
+        const T* ahead = block + 1 < begin + apart ? own + (block + 1) * tile : next + begin * tile;
+        for (i64 m = 0; m < a.m; m++) {
+            float* total = a.totals + (block * a.padded_m + m) * TILE_N;
+            tiles<T, COUNT>(a, hidden + m * a.size, own + block * tile, m ? nullptr : ahead, apart, total);
+        }
+    }
+}
+
 template <class T>
 static void down(const Routed& a, i64 begin, i64 end) {
-    const i64 gap = a.padded_m * TILE_N, tile = TILE_N * a.size;
+    const i64 gap = a.padded_m * TILE_N, even = begin + (end - begin) / STREAMS * STREAMS;
     std::memset(a.totals + begin * gap, 0, (end - begin) * gap * sizeof(float));
     for (i64 at = 0; at < a.listed(); at++) {
-        const T* tiles_of = static_cast<const T*>(a.slabs) + a.list[at] * a.slab() + a.rows() * a.k;
-        const T* hidden = static_cast<const T*>(a.hidden) + at * a.padded_m * a.size;
-        i64 block = begin;
-        for (; block + FEW_TILES <= end; block += FEW_TILES)
-            for (i64 m = 0; m < a.m; m++)
-                tiles<T, FEW_TILES>(hidden + m * a.size, tiles_of + block * tile, a.size, a.totals + block * gap + m * TILE_N,
-                                    gap, m == 0);
-        for (; block < end; block++)
-            for (i64 m = 0; m < a.m; m++)
-                tiles<T, 1>(hidden + m * a.size, tiles_of + block * tile, a.size, a.totals + block * gap + m * TILE_N, gap,
-                            m == 0);
+        const T* next = tiles_of<T>(a, least(at + 1, a.listed() - 1));
+        streams<T, STREAMS>(a, at, next, begin, even);
+        streams<T, 1>(a, at, next, even, end);
     }
 }
 

@@ -286,6 +286,10 @@ class Weights(NamedTuple):
     def neurons(self) -> int:
         return len(self.router) * self.size
 
+    @property
+    def down(self) -> Tensor:
+        return self.groups.view(-1, self.groups.shape[3])[-self.neurons :]
+
 
 class Hidden(NamedTuple):
     """What `wake` leaves for the sum: values h [M, F] at their places, and the list that says whose they are.
@@ -323,7 +327,7 @@ def routed_ffn(
         return _by_cublas(x, weights, chosen, residual)
     tile = tuning.routed_tile(m, x.dtype, name, tuning.ROUTED_DOWN)
     hidden = wake(x, weights, chosen, counts, awake, triton_routed_down.blocks(m, x.shape[1], tile))
-    triton_routed_down.down(hidden, weights.groups[-1].flatten(0, 1), weights.biases[2], residual, y, tile)
+    triton_routed_down.down(hidden, weights.down, weights.biases[2], residual, y, tile)
     return y
 
 
@@ -332,7 +336,8 @@ def wake(x: Tensor, weights: Weights, chosen: Tensor, counts: Tensor, awake: Ten
     (m, k), groups, name = x.shape, len(weights.router), tuning.target()
     tile = tuning.routed_tile(m, x.dtype, name, tuning.ROUTED_WAKE)
     listing = m <= tuning.UNION_ROWS.get(name, tuning.UNION_ROWS["default"])
-    listed, state = x.new_empty(weights.neurons + 1 + tickets, dtype=torch.int32).tensor_split([weights.neurons])
+    integers = x.new_empty(weights.neurons + 1 + tickets, dtype=torch.int32)
+    listed, state = integers[: weights.neurons], integers[weights.neurons :]
     h = x.new_empty(m, weights.neurons)
     tensors = (x, weights.groups, *weights.biases[:2], chosen, awake, counts, h, listed, state)
     arguments = {
@@ -356,12 +361,12 @@ def wake(x: Tensor, weights: Weights, chosen: Tensor, counts: Tensor, awake: Ten
 
 def _by_cublas(x: Tensor, weights: Weights, chosen: Tensor, residual: Tensor | None) -> Tensor:
     """Every neuron of every row, the sleeping ones masked between two products of cuBLAS."""
-    *ins, last = (rows.flatten(0, 1) for rows in weights.groups)
+    ins = [rows.flatten(0, 1) for rows in weights.groups[:-1]]
     gate_bias, up_bias, down_bias = weights.biases
     up = F.linear(x, ins[-1], up_bias)
     gate = F.linear(x, ins[0], gate_bias) if weights.gated else None
     h = torch.empty_like(up)
     given = {"ACT": weights.act, "GATED": weights.gated, "SIZE": weights.size, "BLOCK": ACT_BLOCK}
     _masked_act[(triton.cdiv(h.numel(), ACT_BLOCK),)](gate, up, chosen, h, h.numel(), **given)
-    y = h @ last if down_bias is None else torch.addmm(down_bias, h, last)
+    y = h @ weights.down if down_bias is None else torch.addmm(down_bias, h, weights.down)
     return y if residual is None else y + residual

@@ -22,7 +22,7 @@ from .converters.sources.detect import open_source
 from .converters.sources.source import Source
 from .converters.widths import Cut, cuts, stock_spec, within
 from .durable import replace_file
-from .errors import BadParameter, FolderExists
+from .errors import BadParameter, FolderError, FolderExists
 from .evaluate import Report, Row, measure
 from .kernels import dense, formats
 from .kernels.unit import Packed
@@ -164,6 +164,11 @@ def export(path: str | Path, out: str | Path, *, progress: bool = True, max_shar
 def _export_tensors(folder: Folder, writer: FolderWriter, progress: bool) -> None:
     spec = families.read(folder.config)
     linears, lost = spec.linears(), _lost(folder, spec)
+    if routed := [path for unit in folder.manifest.units if unit.covers for path in unit.modules]:
+        raise FolderError(
+            f"{folder.path} routes its FFNs ({routed[0]} and {len(routed) - 1} more): which neurons count differs from "
+            "token to token, and no dense checkpoint says so; load it with pared or through pared.hf"
+        )
     own = [unit for unit in folder.manifest.units if linears.keys() >= unit.modules.keys()]  # a tied head is no tensor
     for name in folder.manifest.plain:
         if not writer.holds(name):

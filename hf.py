@@ -3,9 +3,9 @@
     import pared.hf
     model = AutoModelForCausalLM.from_pretrained("OUT")
 
-transformers reads the shards; the linears of compressed units become modules that multiply by pared's
-kernels. Nothing is unpacked, and a basis that several layers share stays one tensor. Without the import
-transformers stops at the [0]-shaped weights of such a folder; folders that are dense need neither.
+transformers reads the shards; the linears of compressed units, and FFNs that are routed as a whole, become modules that
+multiply by pared's kernels. Nothing is unpacked, and a basis that several layers share stays one tensor. Without the
+import transformers stops at the [0]-shaped weights of such a folder; folders that are dense need neither.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .compact import STOCK_FORMAT, Manifest, UnitEntry, open_folder
 from .errors import FolderError, KernelError, MissingTensors
 from .kernels import formats
-from .kernels.unit import Packed, Prepared
+from .kernels.unit import FP32_ROLES, Packed, Prepared
 from .narrow import narrow
 from .runtime.loader import check
 from .spec import WIDTHS
@@ -65,11 +65,12 @@ class ParedQuantizer(HfQuantizer):
         for entry in manifest.units:
             if entry.format != STOCK_FORMAT:
                 _install(model, entry, manifest)
+        model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | FP32_ROLES
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for module in model.modules():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedModule):
                 module.unit.check_devices()
         return model.requires_grad_(False)  # the kernels have no backward pass
 
@@ -110,13 +111,12 @@ class SharedUnit:
         return {role: getattr(module, name).detach() for role, (module, name) in self.places.items()}
 
 
-class PackedLinear(nn.Module):
-    """A linear [N, K] of a compressed unit. `weight` is the [0]-shaped one at which other loaders stop."""
+class PackedModule(nn.Module):
+    """A module [N, K] of a compressed unit: a linear, or a whole FFN."""
 
     def __init__(self, path: str, outputs: int, inputs: int) -> None:
         super().__init__()
         self.path, self.out_features, self.in_features = path, outputs, inputs
-        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         self.unit: SharedUnit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.unit.entry.format}, in_features={self.in_features}, out_features={self.out_features}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedModule:
         super()._apply(fn, recurse)
         self.unit.forget()
         return self
@@ -145,28 +145,74 @@ class PackedLinear(nn.Module):
         self.unit.forget()
 
 
+class PackedLinear(PackedModule):
+    """A linear of a compressed unit. `weight` is the [0]-shaped one at which other loaders stop."""
+
+    def __init__(self, path: str, outputs: int, inputs: int) -> None:
+        super().__init__(path, outputs, inputs)
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+class Covered(nn.Module):
+    """Where a linear was whose work a whole FFN does: it has the [0]-shaped weight, and lets x pass.
+
+    through: the FFN, where the family has no module for it and so calls the first of its linears.
+    """
+
+    def __init__(self, through: PackedModule | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        self._through = (through,)  # a module in a tuple is no child: its tensors lie elsewhere
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., K]"""
+        (ffn,) = self._through
+        return x if ffn is None else ffn(x)
+
+
 _DTYPES = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
 
 
 def _install(model: PreTrainedModel, entry: UnitEntry, manifest: Manifest) -> None:
     """Replace the modules that the unit serves. A backbone without its head has no module for the head's unit."""
     known = dict(model.named_modules())
-    inside = {path: _inside(model, path) for path in entry.modules}
-    if missing := [path for path, name in inside.items() if name not in known]:
-        if len(missing) == len(inside) and model.get_output_embeddings() is None and not _in_block(missing[0]):
+    inside = {path: _inside(model, path) for path in (*entry.modules, *entry.linears)}
+    if missing := [path for path in entry.linears if inside[path] not in known]:
+        if len(missing) == len(entry.linears) and model.get_output_embeddings() is None and not _in_block(missing[0]):
             return
         raise MissingTensors(f"the model that transformers built has no module {missing[0]}, which the folder serves")
-    made = {path: PackedLinear(path, n, k) for path, (n, k) in entry.modules.items()}
+    kind = PackedModule if entry.covers else PackedLinear
+    made = {path: kind(path, n, k) for path, (n, k) in entry.modules.items()}
     places: dict[str, tuple[nn.Module, str]] = {}
     for role, tensor in entry.tensors.items():
         path, _, name = tensor.rpartition(".")
         stored = manifest.tensors[tensor]
-        made[path].hold(name, stored.shape, _DTYPES.get(stored.dtype, torch.get_default_dtype()))
+        dtype = torch.float32 if role in FP32_ROLES else torch.get_default_dtype()
+        made[path].hold(name, stored.shape, _DTYPES.get(stored.dtype, dtype))
         places[role] = made[path], name
     unit = SharedUnit(entry, places)
     for path, module in made.items():
         module.unit = unit
-        model.set_submodule(inside[path], module)
+        if entry.covers:
+            _cover(model, module, [inside[linear] for linear in entry.covers], inside[path])
+        else:
+            model.set_submodule(inside[path], module)
+
+
+def _cover(model: PreTrainedModel, ffn: PackedModule, linears: list[str], name: str) -> None:
+    """Put a whole FFN in the place of these linears, under its name in the folder."""
+    parent, _, own = name.rpartition(".")
+    layer = model.get_submodule(parent)
+    if hasattr(layer, own):
+        for linear in linears:
+            ffn.add_module(linear.removeprefix(f"{name}."), Covered())
+    else:  # OPT: the layer itself calls fc1, the activation and fc2
+        first, *others = linears
+        model.set_submodule(first, Covered(ffn))
+        for linear in others:
+            model.set_submodule(linear, Covered())
+        layer.activation_fn = nn.Identity()
+    layer.add_module(own, ffn)
 
 
 def _inside(model: PreTrainedModel, path: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from . import __version__
 from .compact import Folder, TensorEntry, UnitEntry
 
+FFN_BIASES = ("gate_bias", "up_bias", "down_bias")
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -164,11 +165,12 @@ def folder_report(folder: Folder) -> FolderReport:
         fresh = [name for name in unit.tensors.values() if name not in seen]
         seen.update(fresh)
         compact = sum(_bytes(manifest.tensors[name]) for name in fresh)
-        dtypes = {manifest.tensors[name].dtype for name in unit.tensors.values()}
-        item = max((ITEM_BYTES[dtype] for dtype in dtypes if "F" in dtype), default=0)  # indices are no weights
+        kept = [manifest.tensors[name].dtype for role, name in unit.tensors.items() if role != "router"]
+        item = max((ITEM_BYTES[dtype] for dtype in kept if "F" in dtype), default=0)  # indices are no weights
         form, rank = _form(folder, unit)
         for i, (path, shape) in enumerate(unit.modules.items()):
-            dense = math.prod(shape) * item + _bias_bytes(folder, unit.tensors, path) if fresh else 0
+            stands_for = sum(map(math.prod, unit.covers.values())) or math.prod(shape)
+            dense = stands_for * item + _bias_bytes(folder, unit.tensors, path) if fresh else 0
             kind = f"{_kind(path)} (tied)" if not fresh else _kind(path)
             row = add(kind, list(shape), compact if i == 0 else 0, dense, unit.format, form)
             row.groups += i == 0
@@ -185,7 +187,14 @@ def folder_report(folder: Folder) -> FolderReport:
 
 
 def _form(folder: Folder, unit: UnitEntry) -> tuple[str, int]:
-    """How a unit over a basis stores it, and its rank; ("", 0) for a unit without one."""
+    """How a unit over a basis stores it, and its rank; the groups of a routed FFN, and 0; ("", 0) for any other."""
+    if "router" in unit.tensors:
+        router, all_bytes = (
+            sum(_bytes(folder.manifest.tensors[unit.tensors[role]]) for role in roles)
+            for roles in (["router"], unit.tensors)
+        )
+        groups, _ = folder.manifest.tensors[unit.tensors["router"]].shape
+        return f"{groups} groups of {unit.params['group_size']}, router {100 * router / all_bytes:.1f} % of bytes", 0
     if "basis" not in unit.tensors:
         return "", 0
     rank = folder.manifest.tensors[unit.tensors["basis"]].shape[0]
@@ -206,7 +215,7 @@ def _bytes(entry: TensorEntry) -> int:
 
 
 def _bias_bytes(folder: Folder, tensors: dict[str, str], path: str) -> int:
-    names = [name for role, name in tensors.items() if role == "bias" or role == f"bias.{path}"]
+    names = [name for role, name in tensors.items() if role in ("bias", f"bias.{path}", *FFN_BIASES)]
     return sum(_bytes(folder.manifest.tensors[name]) for name in names)
 
 

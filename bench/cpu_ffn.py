@@ -1,8 +1,8 @@
 """One feed-forward layer on this CPU, routed and dense, interleaved: what sleeping groups are worth at every M.
 
 The layer is gate, up and down of Llama-2-7B or Llama-3-8B. A random router wakes a given share of its groups of 32 for
-every row of x by itself, so that many rows wake nearly all of them between them: the worst company there is. Weights are
-cold as in cpu_linear.py, router included. The dense side is the faster of the dense format and F.linear at that M.
+every row of x by itself, so that many rows wake nearly all of them between them: the worst company there is. Weights,
+the router's too, are cold as in cpu_linear.py. The dense side is the faster of the dense format and F.linear at that M.
 """
 
 from __future__ import annotations
@@ -79,19 +79,23 @@ class Ffn:
 
         return (ours if side == DENSE else torchs), ins.nbytes + down.nbytes
 
-    def routed(self, share: int, slabs: torch.Tensor | None = None) -> Prepared:
-        """The layer with a router that wakes `share` percent of its groups; slabs: else the next cold ones."""
+    def router(self) -> torch.Tensor:
+        """The next cold router; its logits are normal numbers."""
+        self._taken += 1
+        return self._routers[self._taken % len(self._routers)]
+
+    def routed(self, share: int) -> Prepared:
+        """The layer with a router that wakes `share` percent of its groups."""
         import torch
 
         from ..kernels import routed_ffn
         from ..kernels.unit import Prepared
 
-        if slabs is None:
-            slabs = self.weights.take(self.neurons // GROUP, 3 * GROUP * HIDDEN)
-        self._taken += 1
-        router = self._routers[self._taken % len(self._routers)]
+        router = self.router()
         least = statistics.NormalDist().inv_cdf(1 - share / 100) if share < 100 else -torch.inf
-        tensors = (slabs, None, None, None, router, torch.zeros(3, dtype=torch.int64))
+        ins, downs = self.weights.take(2 * self.neurons, HIDDEN), self.weights.take(self.neurons, HIDDEN)
+        laid = (ins.view(-1, 2, GROUP, HIDDEN), downs.view(len(router), -1, GROUP // 2, routed_ffn.TILE_OUTPUTS, 2))
+        tensors = (*laid, None, None, None, router, torch.zeros(3, dtype=torch.int64))
         ints = (GROUP, routed_ffn.KINDS.index(ACT), 1)
         return Prepared(routed_ffn.NAME, {"m": (HIDDEN,)}, tensors, ints, (least,))
 
@@ -140,8 +144,8 @@ def check(layer: Ffn, m: int) -> None:
 
     groups = layer.weights.take(3 * layer.neurons, HIDDEN).view(-1, 3, GROUP, HIDDEN)
     params = {"group_size": GROUP, "tau": 0.5, "activation": ACT}
-    router = layer.routed(50).tensors[4]
-    packed = Packed(routed_ffn.NAME, 1, {"m": (HIDDEN, HIDDEN)}, {"groups": groups, "router": router}, params)
+    tensors = {"groups": groups, "router": layer.router()}
+    packed = Packed(routed_ffn.NAME, 1, {"m": (HIDDEN, HIDDEN)}, tensors, params)
     x = layer.rows(m)
     y, few = routed_ffn.apply(x, routed_ffn.prepare(packed, "cpu"), "m")[:CHECKED_ROWS], x[:CHECKED_ROWS]
     own, truth = (routed_ffn.reference(rows, packed, "m") for rows in (few, few.float()))
@@ -161,9 +165,9 @@ def _time(case: Case, layer: Ffn) -> None:
         return
     prepared = layer.routed(AWAKE[SIDES.index(case.side) - 2])
     case.seconds.append(seconds_of(lambda: routed_ffn.apply(x, prepared, "m")))
-    slabs, *_, router, counts = prepared.tensors
-    passes = -(-case.m // routed_ffn.MOST_ROWS)
-    case.weight_bytes.append(int(counts[2]) * slabs[0].nbytes + passes * router.nbytes)
+    *_, router, counts = (tensor for tensor in prepared.tensors if tensor is not None)
+    passes, group = -(-case.m // routed_ffn.MOST_ROWS), 3 * GROUP * HIDDEN * x.element_size()
+    case.weight_bytes.append(int(counts[2]) * group + passes * router.nbytes)
 
 
 def _summary(case: Case, cases: list[Case], ceiling: float) -> dict[str, Any]:

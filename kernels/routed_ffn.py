@@ -129,7 +129,10 @@ def decide(x: Tensor, router: Tensor, threshold: float, awake: Tensor | None = N
 
     Sums in fp64 and rounds them to fp32: a result on which no order of sums has a say, whatever M is.
     """
-    logits = (x.double() @ router.double().t()).float()
+    return _awake((x.double() @ router.double().t()).float(), threshold, awake)
+
+
+def _awake(logits: Tensor, threshold: float, awake: Tensor | None) -> Tensor:
     chosen = logits > threshold
     return chosen if awake is None else chosen & (awake != 0)[:, None]
 
@@ -159,23 +162,24 @@ def _masked(x: Tensor, groups: Tensor, biases: Sequence[Tensor | None], chosen: 
 
 
 def prepare(packed: Packed, device: torch.device | str) -> Prepared:
-    """tensors: groups; gate_bias, up_bias, down_bias or None each; router; counts int64 [3].
+    """tensors: the weights, two for a CPU (`_laid_out`), groups [rows, G, size, K] and None for Triton, whose gate, up
+    and down so are matrices; gate_bias, up_bias, down_bias or None each; router; counts int64 [3].
 
-    groups are [rows, G, size, K] for Triton, so that gate, up and down are matrices, and slabs for a CPU.
     ints: group size, index of the activation in KINDS, 1 with a gate. floats: what a logit has to exceed. `counts`
     grows with every call: rows, groups that they woke, groups that were read.
     """
     t, params = packed.tensors, packed.params
-    groups = t["groups"].transpose(0, 1) if for_triton(device) else _slabs(t["groups"])
+    weights = (t["groups"].transpose(0, 1), None) if for_triton(device) else _laid_out(t["groups"])
     counts = torch.zeros(3, dtype=torch.int64, device=device)
-    moved = tuple(None if t.get(role) is None else t[role].to(device).contiguous() for role in (*BIASES, "router"))
+    tensors = (*weights, *(t.get(role) for role in (*BIASES, "router")), counts)
+    moved = tuple(None if tensor is None else tensor.to(device).contiguous() for tensor in tensors)
     outputs: dict[str, tuple[int, ...]] = {path: (n,) for path, (n, _) in packed.modules.items()}
     ints = (params["group_size"], KINDS.index(params["activation"]), t["groups"].shape[1] - 2)
-    return Prepared(NAME, outputs, (groups.to(device).contiguous(), *moved, counts), ints, (threshold(params["tau"]),))
+    return Prepared(NAME, outputs, moved, ints, (threshold(params["tau"]),))
 
 
-def _slabs(groups: Tensor) -> Tensor:
-    """[G, rows, size, K] -> [G, slab] as the native kernels read it: gate and up rows, then tiles of down.
+def _laid_out(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """[G, rows, size, K] as the native kernels read it: gate and up rows [G, rows - 1, size, K], and tiles of down.
 
     A tile [size / step, TILE_OUTPUTS, step] has the weights of all the group's neurons for neighbouring outputs; bf16
     neurons lie in pairs, step 2, which is how AVX512-BF16 and AMX multiply them. Outputs behind K are zero.
@@ -183,7 +187,7 @@ def _slabs(groups: Tensor) -> Tensor:
     step, down = _step(groups.dtype), groups[:, -1]
     down = F.pad(down, (0, -down.shape[2] % TILE_OUTPUTS))
     tiles = down.unflatten(2, (-1, TILE_OUTPUTS)).unflatten(1, (-1, step)).permute(0, 3, 1, 4, 2)
-    return torch.cat([groups[:, :-1].flatten(1), tiles.flatten(1)], dim=1)
+    return groups[:, :-1].contiguous(), tiles.contiguous()
 
 
 def _step(dtype: torch.dtype) -> int:
@@ -198,8 +202,8 @@ def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
 
 def apply(x: Tensor, prepared: Prepared, path: str, wide: bool = False, awake: Tensor | None = None) -> Tensor:
     """x [M, K] contiguous -> y [M, N] of the whole layer; rows whose `awake` int64 [M] is 0 wake no group."""
-    groups, *biases, router, counts = prepared.tensors
-    y = _ROUTED_FFN(x, groups, biases, router, counts, *prepared.ints, *prepared.floats, awake)
+    weights, downs, *biases, router, counts = prepared.tensors
+    y = _ROUTED_FFN(x, weights, downs, biases, router, counts, *prepared.ints, *prepared.floats, awake)
     return y.float() if wide else y
 
 
@@ -209,9 +213,9 @@ def apply_around(
     """`apply` with norm and residual in its own launches on a GPU; elsewhere None: they are steps of their own."""
     if not ops.takes_triton(x) or around.act:
         return None
-    groups, *biases, router, counts = prepared.tensors
+    weights, downs, *biases, router, counts = prepared.tensors
     given = (awake, around.norm, around.eps, around.residual)
-    return _AROUND(x, groups, biases, router, counts, *prepared.ints, *prepared.floats, *given)
+    return _AROUND(x, weights, downs, biases, router, counts, *prepared.ints, *prepared.floats, *given)
 
 
 def groups_of(prepared: Prepared) -> int:
@@ -288,7 +292,8 @@ def _check(x: Tensor, groups: Tensor, router: Tensor, awake: Tensor | None) -> N
 
 def _on_cpu(
     x: Tensor,
-    slabs: Tensor,
+    ins: Tensor,
+    downs: Tensor,
     biases: Sequence[Tensor | None],
     router: Tensor,
     counts: Tensor,
@@ -298,7 +303,7 @@ def _on_cpu(
     threshold: float,
     awake: Tensor | None,
 ) -> Tensor:
-    _check(x, slabs, router, awake)
+    _check(x, ins, router, awake)
     native = library.load()
     most = 0 if native is None else native.routed_rows(x.dtype)
     if native is None:
@@ -307,11 +312,21 @@ def _on_cpu(
         y = torch.empty_like(x)
         for part, rows, live in _parts(x, y, awake):
             how = (size, bool(gated), KINDS[kind], threshold)
-            native.routed_ffn(part, slabs, biases, router, counts, *how, live, rows)
+            native.routed_ffn(part, (ins, downs), biases, router, counts, *how, live, rows)
         return y
-    chosen = decide(x, router, threshold, awake)
+    chosen = _decide_on_cpu(x, router, threshold, awake)
     count(counts, chosen, awake)
-    return _masked(x, _groups(slabs, size, gated, x.shape[1]), biases, chosen, KINDS[kind])
+    return _masked(x, _groups(ins, downs), biases, chosen, KINDS[kind])
+
+
+def _decide_on_cpu(x: Tensor, router: Tensor, threshold: float, awake: Tensor | None) -> Tensor:
+    """`decide` as the native kernel does it, where there is one: more rows must not decide otherwise."""
+    native = library.load()
+    if native is None:
+        return decide(x, router, threshold, awake)
+    logits = x.new_empty(x.shape[0], len(router), dtype=torch.float32)
+    native.route(x, router, logits)
+    return _awake(logits, threshold, awake)
 
 
 def _parts(x: Tensor, y: Tensor, awake: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -321,12 +336,10 @@ def _parts(x: Tensor, y: Tensor, awake: Tensor | None) -> Iterator[tuple[Tensor,
         yield x[rows], y[rows], None if awake is None else awake[rows]
 
 
-def _groups(slabs: Tensor, size: int, gated: int, inputs: int) -> Tensor:
-    """`_slabs` undone: [G, rows, size, K]."""
-    ins, tiles = slabs.split([(1 + gated) * size * inputs, slabs.shape[1] - (1 + gated) * size * inputs], dim=1)
-    step = _step(slabs.dtype)
-    down = tiles.unflatten(1, (-1, size // step, TILE_OUTPUTS, step)).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
-    return torch.cat([ins.unflatten(1, (-1, size, inputs)), down[:, None, :, :inputs]], dim=1)
+def _groups(ins: Tensor, downs: Tensor) -> Tensor:
+    """`_laid_out` undone: [G, rows, size, K]."""
+    down = downs.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
+    return torch.cat([ins, down[:, None, :, : ins.shape[3]]], dim=1)
 
 
 def count(counts: Tensor, chosen: Tensor, awake: Tensor | None) -> None:
@@ -338,6 +351,7 @@ def count(counts: Tensor, chosen: Tensor, awake: Tensor | None) -> None:
 def _on_gpu(
     x: Tensor,
     groups: Tensor,
+    downs: None,
     biases: Sequence[Tensor | None],
     router: Tensor,
     counts: Tensor,
@@ -346,24 +360,9 @@ def _on_gpu(
     gated: int,
     threshold: float,
     awake: Tensor | None,
-) -> Tensor:
-    return _around_gpu(x, groups, biases, router, counts, size, kind, gated, threshold, awake, None, 0.0, None)
-
-
-def _around_gpu(
-    x: Tensor,
-    groups: Tensor,
-    biases: Sequence[Tensor | None],
-    router: Tensor,
-    counts: Tensor,
-    size: int,
-    kind: int,
-    gated: int,
-    threshold: float,
-    awake: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
 ) -> Tensor:
     _check(x, groups, router, awake)
     around = Around(norm, eps, residual=residual)
@@ -384,8 +383,8 @@ def _around_gpu(
 
 
 _ROUTED_FFN = ops.register(
-    "routed_ffn(Tensor x, Tensor groups, Tensor?[] biases, Tensor router, Tensor(a!) counts, int size, int kind, "
-    "int gated, float threshold, Tensor? awake) -> Tensor",
+    "routed_ffn(Tensor x, Tensor weights, Tensor? downs, Tensor?[] biases, Tensor router, Tensor(a!) counts, "
+    "int size, int kind, int gated, float threshold, Tensor? awake) -> Tensor",
     cpu=_on_cpu,
     gpu=_on_gpu,
     fake=lambda x, *_: torch.empty_like(x),
@@ -398,9 +397,10 @@ def _around_cpu(x: Tensor, *given: Any) -> Tensor:
 
 
 _AROUND = ops.register(
-    "routed_ffn_around(Tensor x, Tensor groups, Tensor?[] biases, Tensor router, Tensor(a!) counts, int size, "
-    "int kind, int gated, float threshold, Tensor? awake, Tensor? norm, float eps, Tensor? residual) -> Tensor",
+    "routed_ffn_around(Tensor x, Tensor weights, Tensor? downs, Tensor?[] biases, Tensor router, Tensor(a!) counts, "
+    "int size, int kind, int gated, float threshold, Tensor? awake, Tensor? norm, float eps, Tensor? residual) "
+    "-> Tensor",
     cpu=_around_cpu,
-    gpu=_around_gpu,
+    gpu=_on_gpu,
     fake=lambda x, *_: torch.empty_like(x),
 )

@@ -52,7 +52,7 @@ LAUNCHERS = {
     "bitmap_linear": bitmap._bitmap_gpu,
     "bitmap_linear_around": bitmap._around_gpu,
     "routed_ffn": routed_ffn._on_gpu,
-    "routed_ffn_around": routed_ffn._around_gpu,
+    "routed_ffn_around": routed_ffn._on_gpu,
     "paged_attention": attention._attention_gpu,
     "decode": triton_decode.decode,
 }

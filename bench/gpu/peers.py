@@ -13,7 +13,7 @@ import torch
 from ... import families
 from ...errors import KernelError
 from ...kernels import dense
-from ...runtime.model import Projection
+from ...runtime.model import Ffn, Projection
 from .. import record
 from . import ceilings
 from .decode import Subject, _apart, _wait
@@ -88,6 +88,7 @@ def _state(subject: Subject) -> dict[str, torch.Tensor]:
         projections.append(((names.head,), weights.head))
     norms = [(names.final_norm, weights.final_norm)]
     for i, block in enumerate(weights.blocks):
+        assert isinstance(block.ffn, Ffn)  # the subject is dense
         of_block = (names.qkv, block.qkv), ((names.out,), block.out), (names.ffn_in, block.ffn.inputs)
         for paths, projection in (*of_block, ((names.ffn_out,), block.ffn.output)):
             projections.append((tuple(spec.path(i, path) for path in paths), projection))

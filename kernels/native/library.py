@@ -38,7 +38,8 @@ _SIGNATURES = {
     "pared_sparse_linear": (*_RUN, *[_PTR] * 6, _INT, _INT, *[_I64] * 4),
     "pared_spread": (*_RUN, *[_PTR] * 4, *[_I64] * 3),
     "pared_basis_linear": (*_RUN, *[_PTR] * 2, _I64, _PTR, *[_I64] * 2),
-    "pared_routed_ffn": (*_RUN, *[_PTR] * 9, _INT, _INT, *[_I64] * 4, _F32),
+    "pared_routed_ffn": (*_RUN, *[_PTR] * 10, _INT, _INT, *[_I64] * 4, _F32),
+    "pared_route": (*_RUN, *[_PTR] * 3, *[_I64] * 3),
     "pared_in_order": (*_RUN, *[_PTR] * 3, *[_I64] * 2),
     "pared_read": (_INT, _INT, _PTR, _I64, _PTR),
     "pared_rms_norm": (*_RUN, *[_PTR] * 3, *[_I64] * 3, _F32),
@@ -228,7 +229,7 @@ class Library:
     def routed_ffn(
         self,
         x: torch.Tensor,
-        slabs: torch.Tensor,
+        weights: Sequence[torch.Tensor],
         biases: Sequence[torch.Tensor | None],
         router: torch.Tensor,
         counts: torch.Tensor,
@@ -244,10 +245,15 @@ class Library:
         biases: of gate, up and down. counts: int64 [3], to which rows, groups woken and groups read are added.
         A row wakes the same groups in any company and at any M; its sums depend on others as those of `linear` do.
         """
-        given = (x, slabs, router, *biases, awake, counts, out)
+        given = (x, *weights, router, *biases, awake, counts, out)
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in given)
         sizes = (*x.shape, len(router), size)
         self.calls.pared_routed_ffn(*self._run(x), *pointers, gated, KINDS[kind], *sizes, threshold)
+
+    def route(self, x: torch.Tensor, router: torch.Tensor, logits: torch.Tensor) -> None:
+        """logits fp32 [M, G] = x [M, K] @ router [G, K]^T, bit for bit what `routed_ffn` decides by."""
+        pointers = (tensor.data_ptr() for tensor in (x, router, logits))
+        self.calls.pared_route(*self._run(x), *pointers, *x.shape, len(router))
 
     def in_order(self, x: torch.Tensor, order: torch.Tensor, out: torch.Tensor) -> None:
         """out [M, K] = x [M, K][:, order], order int32 [K]: a quarter of the time of torch's index_select."""

@@ -38,15 +38,17 @@ extern "C" { unsigned long long prof[8]; }
 namespace {
 
 constexpr i64 UP_PIECES = 32, DOWN_BLOCKS = 32;  // pieces of the list; blocks of outputs in a piece, at most
+constexpr i64 RUN_BYTES = 1 << 20;               // of gate and up that are multiplied as one
 
 struct RoutedCall final : Call {
     Routed a;
-    Linear router, up;  // up: of one slab
+    Linear router, up;  // up: of one group
     Rows router_rows, up_rows;
     Hide hide;
     Down down;
     Finish finish;
-    float* sums;  // [pieces, m, rows of a slab]
+    float* sums;  // [pieces, m, rows of a run]
+    i64 together;  // neighbouring groups that are multiplied as one, at most
     int level, dtype;
     bool tiles;
     enum { PACK, ROUTE, CHOOSE, UP, DOWN };
@@ -58,11 +60,12 @@ struct RoutedCall final : Call {
         down = dtype == BF16 ? down_of_bf16(level, tiles) : WIDEST_OF(level, dtype, down);
         finish = WIDEST_OF(level, dtype, finish);
         router_rows = fp32_rows_of(level, dtype);
+        together = most(1, RUN_BYTES / (a.rows() * a.k * element()));
     }
 
     i64 element() const { return element_bytes(dtype); }
     i64 pieces() const { return least(UP_PIECES, a.groups); }
-    int useful_threads(int threads) const override { return ::useful_threads(a.groups * a.slab() * element(), threads); }
+    int useful_threads(int threads) const override { return ::useful_threads(a.groups * (a.rows() * a.k + a.down_weights()) * element(), threads); }
 
     void lay_out(Scratch& scratch) override {
         a.logits = scratch.take<float>(a.m * a.groups * 4);
@@ -70,10 +73,10 @@ struct RoutedCall final : Call {
         a.list = scratch.take<i64>((a.groups + 1) * 8);
         a.hidden = scratch.take<char>(a.groups * a.padded_m * a.size * element());
         a.totals = scratch.take<float>(a.blocks() * a.padded_m * TILE_N * 4);
-        sums = scratch.take<float>(pieces() * a.m * a.rows() * 4);
+        sums = scratch.take<float>(pieces() * a.m * together * a.rows() * 4);
         const u32* packed = scratch.take<u32>(tiles ? packed_words(a.m, a.k) * 4 : 0);
         router = {a.x, a.router, nullptr, a.logits, false, true, a.m, a.groups, a.k, a.k, 0, a.groups, nullptr};
-        up = {a.x, a.slabs, nullptr, sums, false, true, a.m, a.rows(), a.k, a.k, 0, a.rows(), packed};
+        up = {a.x, a.ins, nullptr, sums, false, true, a.m, a.rows(), a.k, a.k, 0, a.rows(), packed};
         up_rows = rows_of(level, dtype, up);
     }
 
@@ -121,39 +124,73 @@ struct RoutedCall final : Call {
         a.counts[0] += rows, a.counts[1] += woken, a.counts[2] += read;
     }
 
-    // What every stream of up_rows reads first: hardware does not foresee the jump to another slab.
-    void fetch_heads(i64 at) const {
-        if (at >= a.listed()) return;
+    // What every stream of up_rows reads first: hardware does not foresee a jump to another group.
+    void fetch_heads(i64 at, i64 rows) const {
         const i64 streams = tiles ? ROWS : 8, row = a.k * element();
-        const char* slab = static_cast<const char*>(a.slabs) + a.list[at] * a.slab() * element();
+        const char* ins = ins_of(at);
         for (i64 stream = 0; stream < streams; stream++)
             for (i64 byte = 0; byte < least(512, row); byte += 64)
-                __builtin_prefetch(slab + stream * (a.rows() / streams) * row + byte);
+                __builtin_prefetch(ins + stream * (rows / streams) * row + byte);
+    }
+    const char* ins_of(i64 at) const { return static_cast<const char*>(a.ins) + a.list[at] * a.rows() * a.k * element(); }
+
+    // How many entries of the list from `at` on, before `end`, are neighbours: they are multiplied as one.
+    i64 neighbours(i64 at, i64 end) const {
+        i64 count = 1;
+        while (count < together && at + count < end && a.list[at + count] == a.list[at] + count) count++;
+        return count;
     }
 
     void wake(i64 piece) const {
-        Linear one = up;
-        float* own = sums + piece * a.m * a.rows();
-        one.y = own;
+        Linear some = up;
+        float* own = sums + piece * a.m * together * a.rows();
+        some.y = own;
         if (tiles) hold_tiles(a.m);
-        for (i64 at = piece * a.listed() / pieces(); at < (piece + 1) * a.listed() / pieces(); at++) {
-            one.w = static_cast<const char*>(a.slabs) + a.list[at] * a.slab() * element();
-            up_rows(one, 0, a.rows());
-            fetch_heads(at + 1);
-            hide(a, at, own);
+        const i64 end = (piece + 1) * a.listed() / pieces();
+        for (i64 at = piece * a.listed() / pieces(), count; at < end; at += count) {
+            count = neighbours(at, end);
+            some.w = ins_of(at);
+            some.n = some.y_stride = count * a.rows();
+            up_rows(some, 0, some.n);
+            if (at + count < end) fetch_heads(at + count, a.rows() * neighbours(at + count, end));
+            for (i64 i = 0; i < count; i++) hide(a, at + i, own + i * a.rows(), some.n);
         }
     }
 };
 
+// The logits alone, for callers that multiply by other means: the same bits.
+struct RouteCall final : Call {
+    Linear router;
+    Rows rows;
+
+    RouteCall(int level, int dtype, const Linear& router) : router(router), rows(fp32_rows_of(level, dtype)) {}
+
+    i64 bytes() const { return router.n * router.k * 4; }
+    int useful_threads(int threads) const override { return ::useful_threads(router.m * bytes(), threads); }
+    Span enqueue(Queue& queue, Span after) override {
+        return queue.add(*this, 0, router.n, rows_per_chunk(4 * router.k, router.n, queue.threads), after);
+    }
+    void run(int, i64 begin, i64 end) const override { rows(router, begin, end); }
+};
+
 }  // namespace
 
-extern "C" void pared_routed_ffn(int level, int dtype, int threads, const void* x, const void* slabs, const float* router,
+// logits [m, groups] of x [m, k].
+extern "C" void pared_route(int level, int dtype, int threads, const void* x, const float* router, float* logits, i64 m,
+                            i64 k, i64 groups) {
+    if (!m) return;
+    const Linear a{x, router, nullptr, logits, false, true, m, groups, k, k, 0, groups, nullptr};
+    submit(RouteCall(level, dtype, a), threads);
+}
+
+extern "C" void pared_routed_ffn(int level, int dtype, int threads, const void* x, const void* ins, const void* downs,
+                                 const float* router,
                                  const void* gate_bias, const void* up_bias, const void* down_bias, const i64* awake,
                                  i64* counts, void* y, int gated, int kind, i64 m, i64 k, i64 groups, i64 size,
                                  float threshold) {
     if (!m) return;
     Routed a{};
-    a.x = x, a.slabs = slabs, a.router = router, a.gate_bias = gate_bias, a.up_bias = up_bias, a.down_bias = down_bias;
+    a.x = x, a.ins = ins, a.downs = downs, a.router = router, a.gate_bias = gate_bias, a.up_bias = up_bias, a.down_bias = down_bias;
     a.awake = awake, a.counts = counts, a.y = y, a.m = m, a.k = k, a.groups = groups, a.size = size;
     a.gated = gated != 0, a.kind = kind, a.threshold = threshold;
     submit(RoutedCall(level, dtype, a), threads);

@@ -23,11 +23,11 @@ struct Neurons<bf16> {
 };
 
 template <class T>
-static void hide(const Routed& a, i64 at, const float* sums) {
+static void hide(const Routed& a, i64 at, const float* sums, i64 stride) {
     const i64 group = a.list[at], first = group * a.size, to_up = a.gated ? a.size : 0;
     const T *gate_bias = static_cast<const T*>(a.gate_bias), *up_bias = static_cast<const T*>(a.up_bias);
     T* hidden = static_cast<T*>(a.hidden) + at * a.padded_m * a.size;
-    for (i64 m = 0; m < a.m; m++, hidden += a.size, sums += a.rows()) {
+    for (i64 m = 0; m < a.m; m++, hidden += a.size, sums += stride) {
         if (!a.chosen[m * a.groups + group]) {
             std::memset(hidden, 0, a.size * sizeof(T));
             continue;
@@ -47,7 +47,7 @@ static void hide(const Routed& a, i64 at, const float* sums) {
 // The tiles of list entry `at`.
 template <class T>
 static inline const T* tiles_of(const Routed& a, i64 at) {
-    return static_cast<const T*>(a.slabs) + a.list[at] * a.slab() + a.rows() * a.k;
+    return static_cast<const T*>(a.downs) + a.list[at] * a.down_weights();
 }
 
 constexpr i64 VECTORS = TILE_N / W;  // of a tile's outputs

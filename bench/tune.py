@@ -45,6 +45,7 @@ SERVED = {
     "ELL_GEMV": (("bitmap", ""),),
     "SPARSE_GEMM": (("bitmap", ""), ("two_four", "")),
     "SPREAD": (("bitmap", ""), ("two_four", "")),
+    "ROUTER": (("routed_ffn", ""),),
     "ROUTED_WAKE": (("routed_ffn", ""),),
     "ROUTED_DOWN": (("routed_ffn", ""),),
 }
@@ -55,7 +56,7 @@ ATTENDING: dict[str, tuple[Workload, ...]] = {
 }
 """Tables without a matrix: for each slot the workload."""
 TABLES = (*SERVED, *ATTENDING)
-ONE_TILE = ("GEMV", "DECODE", "TWO_FOUR_GEMV", "ELL_GEMV", "SPREAD")
+ONE_TILE = ("GEMV", "DECODE", "TWO_FOUR_GEMV", "ELL_GEMV", "SPREAD", "ROUTER")
 """Tables that hold a tile for a target; the others hold a tuple of them, one a slot."""
 
 
@@ -103,6 +104,7 @@ def space(table: str) -> list[tuple[Tile, ...]]:
         "ELL_GEMV": [tiles(1, (32,), (0,), (4, 8, 16, 32), (1,))],
         "SPARSE_GEMM": [tiles(m, (32, 64, 128), (64, 128), (4, 8), (2, 3)) for m in (16, 64)],
         "SPREAD": [tiles(512, (8, 16, 32), (128, 256, 512), (4, 8), (1,))],
+        "ROUTER": [tiles(64, (16, 32), (32, 64, 128), (4, 8), (2, 3, 4))],
         "ROUTED_WAKE": [
             tuple(filter(streams, tiles(1, (4, 8, 16), gemv, (4, 8), (1,)))),
             *(tiles(m, (32, 64), (64, 128), (4, 8), (2, 3, 4)) for m in (16, 64, 128)),

@@ -143,6 +143,15 @@ MOST_ROUTED_SPLITS = {"default": 32, "interpret": 3}
 ROUTER_ROWS = {"default": 8, "interpret": 64}
 """Rows of x that a program of the router takes one after the other; decisions do not depend on it."""
 
+ROUTER = {
+    "default": Tile(64, 16, 64, warps=4, stages=3),
+    "interpret": Tile(64, 64, 256, warps=1, stages=1),
+}
+"""The router's tiles of m rows and n groups; k counts inputs of 4 bytes."""
+
+ONE_BY_ONE_ROWS = {"default": 32, "interpret": 32}
+"""Rows up to which a router program takes them one by one, in one launch with the norm. Not measured yet."""
+
 UNION_ROWS = {"default": 16, "interpret": 16}
 """Rows up to which only neurons that one of them wakes are read, a tile's worth. Not measured yet: what is saved goes
 with 1 - (1 - p)^M of p awake, what the list costs is a prologue of every program."""

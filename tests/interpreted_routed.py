@@ -136,6 +136,22 @@ def test_decisions_do_not_depend_on_the_other_rows(dtype):
             assert torch.equal(own, chosen[: 2 * m])
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.02, 1e9])
+def test_what_tiles_leave_unsure_is_settled_one_by_one(margin, monkeypatch):
+    """Whatever share of the decisions that is; rows that pad stay out."""
+    monkeypatch.setattr(triton_router, "MARGIN", margin)
+    weights, rows, awake = made(Shape(35, 8, 72)), torch.randn(70, 72), torch.arange(70) % 4
+    norm = torch.rand(72) + 0.5
+    with poisoned():
+        chosen, x = triton_router.route(rows, weights.router, weights.threshold, awake, norm, 1e-5)
+    own = [
+        triton_router.route(part, weights.router, weights.threshold, live)[0]
+        for part, live in zip(x.split(32), awake.split(32), strict=True)
+    ]
+    assert torch.equal(chosen, torch.cat(own))
+    assert 0 < chosen.sum() < chosen.numel() and not chosen[awake == 0].any()
+
+
 @pytest.mark.parametrize("size", [8, 16, 32])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_the_list_has_the_awake_neurons_in_order(size, rows):

@@ -69,9 +69,10 @@ class Subject:
         units = (Unit({PATH: (w.shape[0], w.shape[1])}, {"weight": w.clone()}) for w in (self.gate_up, self.down))
         ins, out = (Projection(((dense.prepare(dense.encode(unit), self.x.device), PATH),)) for unit in units)
         ffn, norm = Ffn(ins, out, "silu", gated=True), Norm("rms", EPS, self.norm, self.norm)
+        slots = torch.ones(len(self.x), dtype=torch.int64, device=self.x.device)
 
         def call() -> Tensor:
-            stream = ffn.onto(Stream(self.x), norm)
+            stream = ffn.onto(Stream(self.x), norm, slots)
             return stream.total if stream.branch is None else stream.total + stream.branch
 
         return call

@@ -79,14 +79,16 @@ def _keep_books(
     woken = tl.zeros([BLOCK_G], tl.int32)
     read = tl.zeros([BLOCK_G], tl.int32)
     rows = tl.sum(woken, axis=0)
-    for row in range(M):
-        chosen = tl.load(chosen_ptr + row * G + g, mask=g < G, other=0).to(tl.int32)
-        woken += chosen
-        read |= chosen
-        if PADDED:
-            rows += (tl.load(awake_ptr + row) != 0).to(tl.int32)
-        else:
-            rows += 1
+    for first in range(0, M, 8):  # eight loads on their way at once
+        for i in tl.static_range(8):
+            row = first + i
+            chosen = tl.load(chosen_ptr + row * G + g, mask=(g < G) & (row < M), other=0).to(tl.int32)
+            woken += chosen
+            read |= chosen
+            if PADDED:
+                rows += (tl.load(awake_ptr + row, mask=row < M, other=0) != 0).to(tl.int32)
+            else:
+                rows += tl.where(row < M, 1, 0)
     at = tl.arange(0, 4)
     new = tl.where(at == 0, rows, tl.where(at == 1, tl.sum(woken, axis=0), tl.sum(read, axis=0)))
     tl.store(counts_ptr + at, tl.load(counts_ptr + at, mask=at < 3, other=0) + new, mask=at < 3)
@@ -197,7 +199,8 @@ def _wake_gemm(
     neuron = place
     if LISTED:  # there is one tile of rows
         neuron, count = _listed(chosen_ptr, M, G, program * BLOCK_N, SIZE, BLOCK_M, BLOCK_N, BLOCK_G)
-    if (program == tl.num_programs(1) - 1) & (tile == 0):  # which seldom has a neuron of its own
+    last = tl.num_programs(1) - 1  # which has no neuron of its own, unless all are awake
+    if (program == (last if LISTED else 0)) & (tile == 0):
         _keep_books(chosen_ptr, awake_ptr, counts_ptr, state_ptr, count, tickets, M, G, PADDED, BLOCK_G)
     if program * BLOCK_N >= count:
         return

@@ -123,7 +123,7 @@ ROUTED_WAKE: dict[str, tuple[Tile, ...]] = {
         Tile(64, 32, 64, warps=4, stages=4),
         Tile(128, 64, 64, warps=8, stages=3),
     ),
-    "interpret": (Tile(1, 256, 512, warps=1, stages=1), Tile(64, 256, 256, warps=1, stages=1)),
+    "interpret": tuple(Tile(m, 256, 256, warps=1, stages=1) for m in (1, 16, 64)),
 }
 
 # routed_ffn, n outputs from k neurons of the list a step. 256 bytes of a neuron's row are two lines of the cache.

@@ -1,4 +1,4 @@
-"""What of a routed FFN only a GPU can show: decisions at every M, graphs that fit any of them, sums that never change."""
+"""What of a routed FFN only a GPU can show: decisions at every M, graphs that fit any of them, the same bits again."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ lint: $(READY)
 bench: $(READY) $(TEXTS)
 	$(BIN)/python -m pared.bench.cpu_linear
 	$(BIN)/python -m pared.bench.cpu_formats
+	$(BIN)/python -m pared.bench.cpu_ffn
 	$(BIN)/python -m pared.bench.end_to_end demo/smollm2
 
 bench-depth: $(READY) $(TEXTS)

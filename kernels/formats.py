@@ -18,7 +18,8 @@ A format file reads in one order: byte layout, encode and decode, reference, lau
     apply(x, prepared, path, wide=False) -> y
                                         x [M, K] -> y [M, sum(prepared.outputs[path])] in x.dtype, bias
                                         included; behind a torch.library op with a fake; chooses its
-                                        kernel by named thresholds on M. wide: y in fp32, for the head
+                                        kernel by named thresholds on M. wide: y in fp32, for the head.
+                                        An FFN takes awake as well: rows that only pad wake no group
     apply_around(x, prepared, path, around) -> y | None
                                         `apply` with the norm, activation and residual of `around` (unit.py) in its
                                         own launches; None where the caller has to take them step by step

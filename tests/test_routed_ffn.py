@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from pared.runtime.loader import load
 from pared.tests import routed, tiny
 from pared.tests.test_compressed import edit
 from pared.tests.test_model import Runner
-from pared.tests.truth import poisoned
+from pared.tests.truth import assert_as_good, poisoned
 
 NATIVE = library.load()
 IN_FP32 = [unit for unit in routed_ffn.cases() if unit.tensors["up"].dtype == torch.float32]
@@ -49,6 +51,21 @@ def awake(prepared, x: torch.Tensor, groups: int, rows: int) -> torch.Tensor:
     return y[:, :groups] == 8
 
 
+def test_a_group_lies_together_neuron_by_neuron():
+    """Bytes by hand: 16 neurons of two inputs in two groups, gate rows, up rows, and down's columns as rows."""
+    gate, up = torch.arange(32.0).view(16, 2), torch.arange(100.0, 132).view(16, 2)
+    down = torch.stack([torch.arange(200.0, 216), torch.arange(300.0, 316)])
+    tensors = {"gate": gate, "up": up, "down": down, "router": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    params = {"group_size": 8, "tau": 0.25, "activation": "silu"}
+    packed = routed_ffn.encode(Unit({"m": (2, 2)}, tensors, params))
+    pairs = [value for n in range(8) for value in (200.0 + n, 300.0 + n)]
+    assert packed.tensors["groups"][0].flatten().tolist() == [*range(16), *range(100, 116), *pairs]
+    pairs = [value for n in range(8, 16) for value in (200.0 + n, 300.0 + n)]
+    assert packed.tensors["groups"][1].flatten().tolist() == [*range(16, 32), *range(116, 132), *pairs]
+    assert packed.tensors["router"].flatten().tolist() == [1, 2, 3, 4]
+    assert (packed.version, packed.params) == (1, params)
+
+
 @pytest.mark.parametrize("level", NATIVE.levels() if NATIVE else [None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.filterwarnings("ignore::pared.kernels.dispatch.SlowerPath")
@@ -66,6 +83,22 @@ def test_a_row_decides_the_same_in_any_company(dtype, level, monkeypatch):
     assert 0.1 < first.float().mean() < 0.9
     assert all(torch.equal(first, other) for other in others)
     assert torch.equal(awake(prepared, x.flip(0), 40, 64).flip(0), first)
+
+
+@needs_native
+@pytest.mark.parametrize("level", NATIVE.levels() if NATIVE else [])
+@pytest.mark.parametrize("unit", routed_ffn.cases()[3:], ids=lambda unit: str(unit.tensors["up"].dtype))
+def test_every_level_is_as_good_as_torch(unit, level, monkeypatch):
+    monkeypatch.setattr(library, "load", lambda: NATIVE.at(level))
+    packed = routed_ffn.encode(unit)
+    prepared = routed_ffn.prepare(packed, "cpu")
+    for rows in (1, 5, 20):
+        x = torch.randn(rows, unit.modules["m"][1], generator=torch.Generator().manual_seed(rows))
+        x = x.to(unit.tensors["up"].dtype)
+        with poisoned():
+            y = routed_ffn.apply(x, prepared, "m")
+        own, truth = (routed_ffn.reference(given, packed, "m") for given in (x, x.float()))
+        assert_as_good(y, own, truth, rounds_inside=True)
 
 
 @pytest.mark.parametrize("tau", [0.2, 0.5, 0.9])
@@ -274,6 +307,33 @@ def test_a_folder_that_was_changed_is_refused(tmp_path, change, what):
     edit(folder, edited)
     with pytest.raises((WrongShape, FolderError), match=what):
         load(folder, device="cpu")
+
+
+GOLDEN = Path(__file__).parent / "golden" / "routed_ffn_v1"
+GOLDEN_TOKENS = [1, 5, 9, 14]
+DIGEST = "b2afd782d171591fd44b157f37e1ac81a3bc9cd7eb2bc926ecafc42ccd46fed8"
+
+
+def test_the_golden_folder_loads_for_ever():
+    """Written once, by format version 1 in bf16; never write it again."""
+    digest = hashlib.sha256()
+    with open_folder(GOLDEN) as folder:
+        folder.verify()
+        assert {unit.format: unit.version for unit in folder.manifest.units} == {"dense": 1, "routed_ffn": 1}
+        for name in sorted(folder.manifest.tensors):
+            digest.update(name.encode())
+            digest.update(folder.tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
+    assert digest.hexdigest() == DIGEST
+    decoder = load(GOLDEN, device="cpu", dtype=torch.float32)
+    runner = Runner(decoder)
+    sequence = runner.sequence(GOLDEN_TOKENS, floor=len(GOLDEN_TOKENS))
+    runner.run([(sequence, len(GOLDEN_TOKENS))])
+    door = hf.AutoModelForCausalLM.from_pretrained(GOLDEN, dtype=torch.float32)
+    for logits in (sequence.logits[-1], door(torch.tensor([GOLDEN_TOKENS])).logits[0, -1]):
+        top = logits.topk(3)
+        assert top.indices.tolist() == [13, 2, 12]
+        assert top.values.tolist() == pytest.approx([0.71534, 0.63385, 0.45257], abs=1e-3)
+    assert [use.sparsity for use in decoder.ffn_use()] == [0.25, 0.5]
 
 
 def test_no_dense_checkpoint_says_what_a_router_says(tmp_path):

@@ -45,6 +45,9 @@ SERVED = {
     "ELL_GEMV": (("bitmap", ""),),
     "SPARSE_GEMM": (("bitmap", ""), ("two_four", "")),
     "SPREAD": (("bitmap", ""), ("two_four", "")),
+    "ROUTER": (("routed_ffn", ""),),
+    "ROUTED_WAKE": (("routed_ffn", ""),),
+    "ROUTED_DOWN": (("routed_ffn", ""),),
 }
 """Tables of kernels/tuning.py, and (format, what stands around it) of the launches that look into them."""
 ATTENDING: dict[str, tuple[Workload, ...]] = {
@@ -53,7 +56,7 @@ ATTENDING: dict[str, tuple[Workload, ...]] = {
 }
 """Tables without a matrix: for each slot the workload."""
 TABLES = (*SERVED, *ATTENDING)
-ONE_TILE = ("GEMV", "DECODE", "TWO_FOUR_GEMV", "ELL_GEMV", "SPREAD")
+ONE_TILE = ("GEMV", "DECODE", "TWO_FOUR_GEMV", "ELL_GEMV", "SPREAD", "ROUTER")
 """Tables that hold a tile for a target; the others hold a tuple of them, one a slot."""
 
 
@@ -101,6 +104,15 @@ def space(table: str) -> list[tuple[Tile, ...]]:
         "ELL_GEMV": [tiles(1, (32,), (0,), (4, 8, 16, 32), (1,))],
         "SPARSE_GEMM": [tiles(m, (32, 64, 128), (64, 128), (4, 8), (2, 3)) for m in (16, 64)],
         "SPREAD": [tiles(512, (8, 16, 32), (128, 256, 512), (4, 8), (1,))],
+        "ROUTER": [tiles(64, (16, 32), (32, 64, 128), (4, 8), (2, 3, 4))],
+        "ROUTED_WAKE": [
+            tuple(filter(streams, tiles(1, (4, 8, 16), gemv, (4, 8), (1,)))),
+            *(tiles(m, (32, 64), (64, 128), (4, 8), (2, 3, 4)) for m in (16, 64, 128)),
+        ],
+        "ROUTED_DOWN": [
+            tuple(filter(streams, tiles(1, (64, 128, 256), (16, 32, 64), (4, 8), (1,)))),
+            *(tiles(m, (64, 128), (64, 128), (4, 8), (2, 3, 4)) for m in (16, 64, 128)),
+        ],
         "ATTENTION": [tiles(m, (32, 64, 128), (0,), (4, 8), (1, 2, 3)) for m in (16, 64)],
         "DECODE": [tiles(16, (16, 32, 64, 128), (0,), (2, 4, 8), (1, 2, 3))],
     }[table]

@@ -21,10 +21,12 @@ from __future__ import annotations
 import builtins
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from . import around as around_ffn
 from . import ops
 from .dispatch import fallback
 from .fused import ACTIVATIONS, act_reference, gated_act_reference
@@ -160,14 +162,14 @@ def _masked(x: Tensor, groups: Tensor, biases: Sequence[Tensor | None], chosen: 
 
 
 def prepare(packed: Packed, device: torch.device | str) -> Prepared:
-    """tensors: the weights, two for a CPU (`_laid_out`) and groups and None elsewhere; gate_bias, up_bias, down_bias or
-    None each; router; counts int64 [3].
+    """tensors: the weights, two for a CPU (`_laid_out`), groups [rows, G, size, K] and None for Triton, whose gate, up
+    and down so are matrices; gate_bias, up_bias, down_bias or None each; router; counts int64 [3].
 
     ints: group size, index of the activation in KINDS, 1 with a gate. floats: what a logit has to exceed. `counts`
     grows with every call: rows, groups that they woke, groups that were read.
     """
     t, params = packed.tensors, packed.params
-    weights = (t["groups"], None) if for_triton(device) else _laid_out(t["groups"])
+    weights = (t["groups"].transpose(0, 1), None) if for_triton(device) else _laid_out(t["groups"])
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     tensors = (*weights, *(t.get(role) for role in (*BIASES, "router")), counts)
     moved = tuple(None if tensor is None else tensor.to(device).contiguous() for tensor in tensors)
@@ -205,9 +207,15 @@ def apply(x: Tensor, prepared: Prepared, path: str, wide: bool = False, awake: T
     return y.float() if wide else y
 
 
-def apply_around(x: Tensor, prepared: Prepared, path: str, around: Around) -> Tensor | None:
-    """None: norm and residual are steps of their own."""
-    return None
+def apply_around(
+    x: Tensor, prepared: Prepared, path: str, around: Around, awake: Tensor | None = None
+) -> Tensor | None:
+    """`apply` with norm and residual in its own launches on a GPU; elsewhere None: they are steps of their own."""
+    if not ops.takes_triton(x) or around.act:
+        return None
+    weights, downs, *biases, router, counts = prepared.tensors
+    given = (awake, around.norm, around.eps, around.residual)
+    return _AROUND(x, weights, downs, biases, router, counts, *prepared.ints, *prepared.floats, *given)
 
 
 def groups_of(prepared: Prepared) -> int:
@@ -307,7 +315,7 @@ def _on_cpu(
             native.routed_ffn(part, (ins, downs), biases, router, counts, *how, live, rows)
         return y
     chosen = _decide_on_cpu(x, router, threshold, awake)
-    _count(counts, chosen, awake)
+    count(counts, chosen, awake)
     return _masked(x, _groups(ins, downs), biases, chosen, KINDS[kind])
 
 
@@ -334,7 +342,8 @@ def _groups(ins: Tensor, downs: Tensor) -> Tensor:
     return torch.cat([ins, down[:, None, :, : ins.shape[3]]], dim=1)
 
 
-def _count(counts: Tensor, chosen: Tensor, awake: Tensor | None) -> None:
+def count(counts: Tensor, chosen: Tensor, awake: Tensor | None) -> None:
+    """Add to counts int64 [3]: live rows, groups that they woke, groups that were read."""
     live = torch.ones_like(chosen[:, 0]) if awake is None else awake != 0
     counts += torch.stack([live.sum(), chosen.sum(), chosen.any(0).sum()])
 
@@ -351,18 +360,47 @@ def _on_gpu(
     gated: int,
     threshold: float,
     awake: Tensor | None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
 ) -> Tensor:
     _check(x, groups, router, awake)
-    fallback("routed_ffn", "it has no Triton kernel yet")
-    chosen = decide(x, router, threshold, awake)
-    _count(counts, chosen, awake)
-    return _masked(x, groups, biases, chosen, KINDS[kind])
+    around = Around(norm, eps, residual=residual)
+    around_ffn.check("routed_ffn", x, x.shape[1], around)
+    kernels = ops.triton_kernels("routed_ffn")
+    if kernels is not None:
+        weights = kernels.Weights(groups, tuple(biases), router, KINDS[kind], threshold)
+        y: Tensor = kernels.routed_ffn(x, weights, counts, awake, norm, eps, residual)
+        return y
+    fallback("routed_ffn", "Triton is not installed")
+
+    def step_by_step(x: Tensor) -> Tensor:
+        chosen = decide(x, router, threshold, awake)
+        count(counts, chosen, awake)
+        return _masked(x, groups.transpose(0, 1), biases, chosen, KINDS[kind])
+
+    return around_ffn.reference(x, step_by_step, around)
 
 
 _ROUTED_FFN = ops.register(
     "routed_ffn(Tensor x, Tensor weights, Tensor? downs, Tensor?[] biases, Tensor router, Tensor(a!) counts, "
     "int size, int kind, int gated, float threshold, Tensor? awake) -> Tensor",
     cpu=_on_cpu,
+    gpu=_on_gpu,
+    fake=lambda x, *_: torch.empty_like(x),
+)
+
+
+def _around_cpu(x: Tensor, *given: Any) -> Tensor:
+    *ffn, norm, eps, residual = given
+    return around_ffn.reference(x, lambda x: _on_cpu(x, *ffn), Around(norm, eps, residual=residual))
+
+
+_AROUND = ops.register(
+    "routed_ffn_around(Tensor x, Tensor weights, Tensor? downs, Tensor?[] biases, Tensor router, Tensor(a!) counts, "
+    "int size, int kind, int gated, float threshold, Tensor? awake, Tensor? norm, float eps, Tensor? residual) "
+    "-> Tensor",
+    cpu=_around_cpu,
     gpu=_on_gpu,
     fake=lambda x, *_: torch.empty_like(x),
 )

@@ -115,6 +115,50 @@ dense in memory and cuBLAS reads it. Not measured yet. On an H100 (3 TB/s, 800 T
 weight of 16 bits takes as long as the multiplications of some 500 rows; a tile of 64 rows is made dense again for the
 next 64, which is paid for by then. Memory for the scratch: one layer's largest weight, lent by torch's allocator."""
 
+# routed_ffn, n neurons of k inputs a step: the first tile with m >= M, else the last. Gate and up each have n rows.
+ROUTED_WAKE: dict[str, tuple[Tile, ...]] = {
+    "default": (
+        Tile(1, 8, 512, warps=4, stages=1),
+        Tile(16, 32, 128, warps=4, stages=4),
+        Tile(64, 32, 64, warps=4, stages=4),
+        Tile(128, 64, 64, warps=8, stages=3),
+    ),
+    "interpret": tuple(Tile(m, 256, 256, warps=1, stages=1) for m in (1, 16, 64)),
+}
+
+# routed_ffn, n outputs from k neurons of the list a step. 256 bytes of a neuron's row are two lines of the cache.
+ROUTED_DOWN: dict[str, tuple[Tile, ...]] = {
+    "default": (
+        Tile(1, 128, 32, warps=4, stages=1),
+        Tile(16, 64, 128, warps=4, stages=4),
+        Tile(64, 64, 64, warps=4, stages=3),
+        Tile(128, 64, 64, warps=8, stages=3),
+    ),
+    "interpret": (Tile(1, 256, 256, warps=1, stages=1), Tile(64, 256, 256, warps=1, stages=1)),
+}
+
+MOST_ROUTED_SPLITS = {"default": 32, "interpret": 3}
+"""Splits of the list of awake neurons: the last of them adds up so many sums of its block."""
+
+ROUTER_ROWS = {"default": 8, "interpret": 64}
+"""Rows of x that a program of the router takes one after the other; decisions do not depend on it."""
+
+ROUTER = {
+    "default": Tile(64, 16, 64, warps=4, stages=3),
+    "interpret": Tile(64, 64, 256, warps=1, stages=1),
+}
+"""The router's tiles of m rows and n groups; k counts inputs of 4 bytes."""
+
+ONE_BY_ONE_ROWS = {"default": 32, "interpret": 32}
+"""Rows up to which a router program takes them one by one, in one launch with the norm. Not measured yet."""
+
+UNION_ROWS = {"default": 16, "interpret": 16}
+"""Rows up to which only neurons that one of them wakes are read, a tile's worth. Not measured yet: what is saved goes
+with 1 - (1 - p)^M of p awake, what the list costs is a prologue of every program."""
+
+MASKED_ROWS = {"default": 128, "interpret": 64}
+"""Rows up to which tiles of all neurons are masked as they are made; above, cuBLAS multiplies and a launch masks."""
+
 # Attention: m query rows (times the heads that share a key head) against n keys a step.
 ATTENTION = {
     "default": (Tile(16, 64, 0, warps=4, stages=2), Tile(64, 64, 0, warps=4, stages=2)),
@@ -145,6 +189,11 @@ def target() -> str:
         return "interpret"
     current = triton.runtime.driver.active.get_current_target()
     return f"sm_{current.arch}" if current.backend == "cuda" else str(current.arch)
+
+
+def early(name: str) -> dict[str, bool]:
+    """The launch arguments of a kernel that begins early where it `overlaps` and says so by EARLY."""
+    return {"EARLY": True, "launch_pdl": True} if overlaps(name) else {"EARLY": False}
 
 
 def overlaps(name: str) -> bool:
@@ -194,6 +243,24 @@ def sparse_tile(m: int, dtype: torch.dtype, name: str, gated: bool) -> Tile:
     """The launch of M = m > 1 rows of a sparse format; gate and up share its n, down to the 16 of tensor cores."""
     tile = pick(SPARSE_GEMM.get(name, SPARSE_GEMM["default"]), m)
     return _of_dtype(tile._replace(n=max(tile.n // 2, 16)) if gated else tile, dtype)
+
+
+def routed_tile(m: int, dtype: torch.dtype, name: str, table: dict[str, tuple[Tile, ...]]) -> Tile:
+    """The launch of M = m rows from one of routed_ffn's tables; fp32 takes half of its k."""
+    return _of_dtype(pick(table.get(name, table["default"]), m), dtype)
+
+
+def routed_splits(programs: int, neurons: int, tile: Tile, name: str) -> int:
+    """Into how many parts the list of awake neurons is cut: six small programs a multiprocessor, or two large ones."""
+    wanted = (6 if tile.m == 1 else 2) * MULTIPROCESSORS.get(name, MULTIPROCESSORS["default"])
+    most = min(MOST_ROUTED_SPLITS.get(name, MOST_ROUTED_SPLITS["default"]), triton.cdiv(neurons, tile.k))
+    return max(1, min(most, triton.cdiv(wanted, programs)))
+
+
+def masked_rows(dtype: torch.dtype, name: str) -> int:
+    """Rows up to which routed_ffn's tiles are the path; fp32 has no tensor cores at full precision."""
+    rows = MASKED_ROWS.get(name, MASKED_ROWS["default"])
+    return min(rows, 16) if dtype == torch.float32 else rows
 
 
 def two_four_tile(name: str, gated: bool) -> Tile:

@@ -116,6 +116,11 @@ class RoutedFfn:
 
     def onto(self, stream: Stream, norm: Norm | None, slots: torch.Tensor) -> Stream:
         """stream + self(norm(stream)); rows that only pad a batch, those of slot 0, wake nothing."""
+        if norm is not None and norm.kind == "rms" and stream.branch is None:
+            around = Around(norm.weight, norm.eps, residual=stream.total)
+            y = routed_ffn.apply_around(stream.total, self.prepared, self.path, around, slots)
+            if y is not None:
+                return Stream(y)
         x, total = (stream.total, stream.total) if norm is None else norm.of(stream)
         return Stream(total, routed_ffn.apply(x, self.prepared, self.path, awake=slots))
 

@@ -24,6 +24,7 @@ from pared.kernels import (
     dense,
     formats,
     ops,
+    routed_ffn,
     shared_basis,
     sparse_layout,
     triton_decode,
@@ -40,7 +41,7 @@ from pared.tests import test_traffic
 from pared.tests.test_traffic import Store, meta, packs, spec_of
 
 PAGE, BLOCKS = 16, 64
-MOST = {"dense": 6, "shared_basis": 10, "two_four": 6, "bitmap": 6}
+MOST = {"dense": 6, "shared_basis": 10, "two_four": 6, "bitmap": 6, "routed_ffn": 7}
 LAUNCHERS = {
     "linear": dense._linear_gpu,
     "linear_around": dense._around_gpu,
@@ -50,6 +51,8 @@ LAUNCHERS = {
     "two_four_linear_around": two_four._around_gpu,
     "bitmap_linear": bitmap._bitmap_gpu,
     "bitmap_linear_around": bitmap._around_gpu,
+    "routed_ffn": routed_ffn._on_gpu,
+    "routed_ffn_around": routed_ffn._on_gpu,
     "paged_attention": attention._attention_gpu,
     "decode": triton_decode.decode,
 }
@@ -98,6 +101,18 @@ def half_zero(spec: Spec, module: ModuleType) -> Iterator[Packed]:
         yield Packed(module.NAME, module.VERSION, {path: (n, k)}, tensors)
 
 
+def routed(spec: Spec) -> Iterator[Packed]:
+    """Every FFN as one unit; attention and the head dense."""
+    ffns = spec.ffns()
+    covered = {path for linears in ffns.values() for path in linears}
+    yield from (packed for packed in packs(spec, None, "") if not packed.modules.keys() & covered)
+    for path in ffns:
+        groups, size = spec.layers[0].ffn // 32, 32
+        tensors = {"groups": meta(groups, 3, size, 4096), "router": meta(groups, 4096, dtype=torch.float32)}
+        params = {"group_size": size, "tau": 0.5, "activation": "silu"}
+        yield Packed(routed_ffn.NAME, routed_ffn.VERSION, {path: (4096, 4096)}, tensors, params)
+
+
 def for_a_gpu(module: ModuleType) -> Callable[..., Prepared]:
     """`prepare` that lays meta tensors out as for a GPU; a bitmap as rows of equally many weights are."""
 
@@ -124,6 +139,9 @@ def step_kernels(name: str, form: str, rows: int, layers: int, target: str) -> C
             module = formats.by_name(form)
             patch.setattr(module, "prepare", for_a_gpu(module))
             made = list(half_zero(spec, module))
+        elif form == "routed_ffn":
+            patch.setattr(routed_ffn, "for_triton", lambda device: True)
+            made = list(routed(spec))
         else:
             made = list(packs(spec, *((None, "") if form == "dense" else (0.2, "pivoted"))))
         decoder = Decoder(spec, _Loading(Store(spec, made), spec, torch.device("meta"), None).weights())

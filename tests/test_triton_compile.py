@@ -21,6 +21,7 @@ from pared.kernels import (
     triton_dense,
     triton_fused,
     triton_int8,
+    triton_routed_ffn,
     triton_two_four,
 )
 from pared.kernels.dense import GPU_ROWS
@@ -161,6 +162,22 @@ def two_four_fp32(rows: int) -> None:
     triton_two_four.two_four_linear(meta(rows, 4096, dtype=torch.float32), *laid, None)
 
 
+def routed(
+    rows: int, groups: int = 448, size: int = 32, gated: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Llama-3-8B's FFN and what stands around it; some rows pad."""
+    weights = triton_routed_ffn.Weights(
+        meta(3 if gated else 2, groups, size, 4096, dtype=dtype),
+        (None, None if gated else meta(groups * size, dtype=dtype), None),
+        meta(groups, 4096, dtype=torch.float32),
+        "silu" if gated else "gelu",
+        0.0,
+    )
+    told, awake = meta(3, dtype=torch.int64), meta(rows, dtype=torch.int64)
+    x, norm = meta(rows, 4096, dtype=dtype), meta(4096, dtype=torch.float32)
+    triton_routed_ffn.routed_ffn(x, weights, told, awake, norm, 1e-5, x)
+
+
 def norms() -> None:
     x, weight = meta(4, 4096), meta(4096, dtype=torch.float32)
     triton_fused.add_rms_norm(x, x, weight, 1e-5)
@@ -202,6 +219,12 @@ LAUNCHES = {
         for rows, kind in ((1, "q|k|v"), (1, "gate|up"), (1, "down"), (8, "gate|up"), (64, "gate|up"))
         for form in ("2:4", "even rows")
     },
+    **{f"routed {rows}": functools.partial(routed, rows) for rows in (1, 8, 64, 128, 512)},
+    "routed 1, groups of 8": lambda: routed(1, groups=1792, size=8),
+    "routed 8, groups of 8": lambda: routed(8, groups=1792, size=8),
+    "routed 1, two matrices": lambda: routed(1, gated=False),
+    "routed 1, fp32": lambda: routed(1, dtype=torch.float32),
+    "routed 8, fp32": lambda: routed(8, dtype=torch.float32),
     "decode 1": lambda: decode(1, 32, 32, 64),
     "decode 1, grouped": lambda: decode(1, 32, 8, 64),
     "decode 8, grouped, long": lambda: decode(8, 32, 8, 4096),
@@ -345,6 +368,51 @@ def test_sparse_tiles_go_through_tensor_cores_up_to_a_threshold(built):
         assert reports[f"sparse 64, {form} 4096"][0].count(TENSOR_CORES[target]) > 0
         if target != "sm_100":
             assert reports[f"sparse 8, {form} 4096"][0].count("HMMA|v_mfma") > 0
+
+
+def test_a_routed_ffn_takes_three_launches_that_wait_for_each_other(built):
+    """Norm and residual included. More rows are norm, tiles of the router and what these leave unsure, and for a
+    prefill cuBLAS with a launch that masks."""
+    target, reports = built
+    for name in (name for name in reports if name.startswith("routed")):
+        kind = "gemv" if name.partition(",")[0] == "routed 1" else "gemm"
+        wanted = ["_route", f"_wake_{kind}", f"_down_{kind}"]
+        if name in ("routed 64", "routed 128"):
+            wanted = ["_rms_norm", "_route_tiles", *wanted]
+        if name == "routed 512":
+            wanted = ["_rms_norm", "_route_tiles", "_route", "_masked_act"]
+        assert [kernel.name for kernel in reports[name]] == wanted, name
+        for kernel in reports[name]:
+            waits = target in ("sm_90", "sm_100") and kernel.name in ("_route", wanted[-2], wanted[-1])
+            waits &= kernel.name != "_masked_act"
+            assert kernel.count("ACQBULK") == waits, (name, kernel)
+
+
+def test_awake_neurons_come_16_bytes_at_a_time(built):
+    """Gate and up rows, and 256 bytes of a row of down; the router's row is all in registers."""
+    target, reports = built
+    for name in ("routed 1", "routed 1, groups of 8", "routed 1, fp32"):
+        route, wake, down = reports[name]
+        if target == "gfx942":
+            assert min(kernel.wide_loads for kernel in reports[name]) >= 2, name
+            continue
+        assert route.wide_loads >= 16, (name, route)
+        assert wake.count(r"LDG\.E\.EF\.128") >= 8, (name, wake)
+        assert wake.registers <= 128, (name, wake)  # four programs a multiprocessor, 64 KiB in flight
+        assert down.count(r"LDG\.E\.EF\.128") >= 4, (name, down)
+        assert down.registers <= 80, (name, down)
+    for kernel in reports["routed 1"][1:]:
+        assert kernel.bytes_an_instruction >= (0.2 if target == "gfx942" else 0.3), kernel
+
+
+def test_rows_of_a_routed_ffn_go_through_tensor_cores(built):
+    target, reports = built
+    for kernel in (*reports["routed 64"][-2:], *reports["routed 128"][-2:]):
+        assert kernel.count(TENSOR_CORES[target]) > 0, kernel
+    assert reports["routed 512"][1].count(TENSOR_CORES[target]) > 0
+    if target != "sm_100":
+        for kernel in reports["routed 8"][1:]:
+            assert kernel.count("HMMA|v_mfma") > 0, kernel
 
 
 def test_a_basis_takes_two_launches_for_all_that_is_stacked(built):

@@ -21,6 +21,7 @@ TESTED = (
     "test_attention.py",
     "test_fused.py",
     "interpreted_tiles.py",
+    "interpreted_routed.py",
     "test_peers.py",
     "test_model.py::test_prefill_of_a_mixed_batch[mistral-window]",
     "test_model.py::test_prefill_of_a_mixed_batch[gpt2]",

@@ -10,7 +10,7 @@ import time
 import torch
 
 from ...kernels import dense, formats
-from . import ceilings
+from . import ceilings, ffn
 from .layers import TORCH, Layer, Sets, layer_of, lone, sides_of
 from .measuring import measure_sets
 from .report import Part
@@ -35,6 +35,8 @@ def _compile(task: tuple[Setting, str, int]) -> tuple[str, int, float]:
             with contextlib.suppress(Exception):  # whoever measures it will report it
                 for call in Layer(side, sets, m, setting).calls():
                     call()
+        with contextlib.suppress(Exception):
+            ffn.compile_all(model, m, setting)
     return model, m, time.monotonic() - start
 
 

@@ -29,8 +29,8 @@ def measure_sets(sets: Sets, m: int, sides: Sequence[Side], setting: Setting, ce
             rows[side.name] |= {"failed": f"{type(error).__name__}: {error}"[:500]}
     seconds = in_turns(runs, setting.rounds)
     for name, taken in seconds.items():
-        rows[name] |= _summary(rows[name]["bytes"], [s * len(sets) for s in taken], ceiling)
-    _compare(rows, seconds)
+        rows[name] |= summary(rows[name]["bytes"], [s * len(sets) for s in taken], ceiling)
+    compare(rows, seconds)
     return list(rows.values())
 
 
@@ -41,12 +41,13 @@ def _recorded(layer: Layer, setting: Setting) -> Recorded:
     return Recorded(calls, setting.device, warm=len(layer.packs))
 
 
-def _summary(nbytes: int, seconds: list[float], ceiling: float) -> dict[str, Any]:
+def summary(nbytes: int, seconds: list[float], ceiling: float) -> dict[str, Any]:
+    """Time, and the rate at which so many bytes were read, beside the ceiling in GB/s."""
     rate = nbytes / record.quartiles(seconds)[1] / 1e9
     return {"time_us": microseconds(seconds), "gb_per_s": rate, "percent_of_ceiling": 100 * rate / ceiling}
 
 
-def _compare(rows: dict[str, dict[str, Any]], seconds: dict[str, list[float]]) -> None:
+def compare(rows: dict[str, dict[str, Any]], seconds: dict[str, list[float]]) -> None:
     """Add to every row how many times as fast it is as the best dense path, and as cuBLAS: quartiles, pair by pair."""
     dense_sides = [name for name in (TORCH, dense.NAME) if name in seconds]
     if not dense_sides:

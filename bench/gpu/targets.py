@@ -126,6 +126,26 @@ def _sweep_floor(data: Data) -> float | None:
     return _least(row["ratio_to_torch"][1] for row in own if "ratio_to_torch" in row)
 
 
+def _routed(percent: int, m: int, key: str = "ratio") -> Callable[[Data], float | None]:
+    """The worst model's median ratio of the routed FFN of that sparsity."""
+
+    def value(data: Data) -> float | None:
+        rows = rows_of(data, "ffn", side=f"routed {percent} %", m=m)
+        return _least(row[key][1] for row in rows if key in row)
+
+    return value
+
+
+def _routed_share(data: Data) -> float | None:
+    rows = rows_of(data, "ffn", whole=True, m=1)
+    return _least(row["percent_of_ceiling"] / 100 for row in rows if row["side"].startswith("routed"))
+
+
+def _routed_floor(data: Data) -> float | None:
+    rows = rows_of(data, "ffn", whole=True)
+    return _least(row["ratio"][1] for row in rows if row["side"].startswith("routed"))
+
+
 def _nothing(data: Data) -> None:
     """Its format or method is not built yet."""
 
@@ -142,7 +162,13 @@ TARGETS = (
         _decode("percent_of_ceiling", "dense", None, 0.01),
     ),
     Target("P0c", "dense decode against the best compiled engine of the run", 1.05, _peer(COMPILED)),
-    Target("P1", "LTE, routed feed-forward", 0.85, _nothing),
+    Target("P1a", "routed FFN at one row, share of the ceiling on what is awake", 0.85, _routed_share),
+    Target("P1b", "routed FFN at one row against best dense, 50 %", 1.7, _routed(50, 1)),
+    Target("P1b", "routed FFN at one row against best dense, 80 %", 3.5, _routed(80, 1)),
+    Target("P1c", "routed FFN against TEAL's design at as many bytes", 1.15, _routed(50, 1, "ratio_to_gathering")),
+    Target("P1d", "routed FFN at 2 rows against best dense, 50 %", 1.15, _routed(50, 2)),
+    Target("P1d", "routed FFN at 4 rows against best dense, 80 %", 1.35, _routed(80, 4)),
+    Target("P1d", "routed FFN, worst ratio to best dense at any M", 0.95, _routed_floor),
     Target(
         "P2a",
         "pivoted layer against best dense, 20 %, Llama-2-7B",

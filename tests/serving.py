@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -39,3 +40,11 @@ def serving(service: Service, keys: tuple[str, ...] = ()) -> Iterator[str]:
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive(), "the server does not end"
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    """Wait until something has become so."""
+    until = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < until, "it does not come true"
+        time.sleep(0.005)

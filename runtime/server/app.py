@@ -21,8 +21,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        started = [part for part in (service.generator, service.embedder) if part is not None]
-        for part in started:
+        for part in service.parts:
             part.start()
         try:
             await warm_up(service)
@@ -30,7 +29,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
             yield
         finally:
             service.ready = False
-            for part in started:
+            for part in service.parts:
                 await part.stop()
 
     about_us = "A compressed model behind OpenAI's API."
@@ -40,8 +39,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     app.state.service = service
     refusals.install(app, service.metrics)
     app.include_router(about.routes(service))
-    if service.generator is not None:
-        app.include_router(about.tokenizer_routes(service))
+    app.include_router(about.tokenizer_routes(service))
     app.include_router(generate.routes(service))
     app.include_router(embed.routes(service))
     app.add_middleware(Bounded, body_bytes=service.limits.body_bytes, body_s=service.limits.body_s)
@@ -58,15 +56,14 @@ async def warm_up(service: Service) -> None:
         params = SamplingParams(max_tokens=4, ignore_eos=True)
         await engine.stream([await engine.request(tokens, params)]).outputs()
     if service.embedder is not None:
-        await service.embedder.embed(["a text"])
+        await service.embedder.embed([[0] * 8])
 
 
 async def drain(service: Service) -> None:
     """Take nothing more, and wait for what was taken, for as long as the limits say."""
     service.ready = False
-    parts = [part for part in (service.generator, service.embedder) if part is not None]
-    for part in parts:
+    for part in service.parts:
         part.refuse("the server is about to end; ask another one, or again later")
-    waiting = asyncio.gather(*(part.drained() for part in parts))
+    waiting = asyncio.gather(*(part.drained() for part in service.parts))
     with suppress(asyncio.TimeoutError):
         await asyncio.wait_for(waiting, service.limits.drain_s)

@@ -54,7 +54,7 @@ def routes(service: Service) -> APIRouter:
 
 def conversation(service: Service, body: Conversation) -> list[int]:
     """Token ids of a conversation. Raises BadParameter for what is not the template's to decide."""
-    tokenizer = service.llm.tokenizer
+    tokenizer = service.tokenizer
     template = body.chat_template_kwargs or {}
     taken = set(inspect.signature(tokenizer.hf.apply_chat_template).parameters) & template.keys()
     if taken:

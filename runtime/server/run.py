@@ -10,12 +10,9 @@ from types import FrameType
 
 import uvicorn
 
-from ..async_engine import AsyncEngine
-from ..llm import LLM
 from . import app as application
-from .limits import Keys, Limits, read_keys
+from .limits import Keys, read_keys
 from .logs import configure
-from .metrics import Metrics
 from .service import Service
 
 log = logging.getLogger("pared.server")
@@ -49,14 +46,6 @@ class Server(uvicorn.Server):
         log.info("draining", extra={"line": {"seconds_at_most": service.limits.drain_s}})
         await application.drain(service)
         self.should_exit = True
-
-
-def service_of(llm: LLM, name: str, limits: Limits) -> Service:
-    """A model that generates, under its name."""
-    metrics = Metrics()
-    engine = AsyncEngine(llm, limits.waiting, metrics.step)
-    metrics.show_engine(engine)
-    return Service(name, metrics, limits, generator=engine)
 
 
 def serve(service: Service, binding: Binding, key_file: Path | None, log_level: str) -> None:

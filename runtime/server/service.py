@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ..async_embedder import AsyncEmbedder
     from ..async_engine import AsyncEngine
     from ..llm import LLM
+    from ..model import Decoder
+    from ..text import Tokenizer
     from .metrics import Metrics
 
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 class Service:
     """A model under its name: an engine that generates, an encoder that embeds, or both.
 
-    ready: warmed up, and not about to end.
+    decoder: the model itself, for what is told of it. ready: warmed up, and not about to end.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     generator: AsyncEngine | None = None
     embedder: AsyncEmbedder | None = None
+    decoder: Decoder | None = None
     ready: bool = False
 
     @property
@@ -46,6 +49,21 @@ class Service:
     @property
     def llm(self) -> LLM:
         return self.engine.llm
+
+    @property
+    def parts(self) -> list[AsyncEngine | AsyncEmbedder]:
+        """What runs: the engine, the encoder, or both."""
+        return [part for part in (self.generator, self.embedder) if part is not None]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, to be used through `beside` of the first part."""
+        return self.llm.tokenizer if self.generator is not None else self.encoder.encoder.tokenizer
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its answer, or a text to embed, may have."""
+        return self.llm.context if self.generator is not None else self.encoder.encoder.max_length
 
     def check_model(self, name: str | None) -> None:
         """Raises Refused for a model that is not served here; None is the one that is."""

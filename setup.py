@@ -87,6 +87,7 @@ TEST = [
     *SERVE,
     *GUIDED,
     "openai>=1.60",
+    "schemathesis>=4.30; python_version >= '3.11'",
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -96,7 +97,7 @@ TEST = [
     "numpy<2.4",  # the interpreter of triton 3.6 fails with newer ones
     "triton>=3.6; sys_platform == 'linux'",
 ]
-BENCH = ["matplotlib>=3.9", "pytest>=8.4", "pytest-benchmark>=5.1", SENTENCES]
+BENCH = ["matplotlib>=3.9", "pytest>=8.4", "pytest-benchmark>=5.1", SENTENCES, *SERVE, "httpx2>=2.12"]
 
 setup(
     name=PKG,

@@ -12,22 +12,18 @@ from starlette.responses import JSONResponse, Response
 
 from ... import __version__
 from ...kernels import dispatch, formats
+from .document import TEXT, refuses
 from .generate import conversation
 from .refusals import Refused
 from .schema import DetokenizeRequest, TokenizeChat, TokenizeText
 from .service import Service
 
 
-def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["about"])
-    born = int(time.time())
+def state_routes(service: Service) -> APIRouter:
+    """For whoever watches the server; they ask without a key."""
+    router = APIRouter(tags=["state"])
 
-    def card() -> dict[str, Any]:
-        does = [name for name in ("generator", "embedder") if getattr(service, name) is not None]
-        fixed = {"object": "model", "created": born, "owned_by": "pared", "root": service.name, "parent": None}
-        return {"id": service.name, **fixed, "max_model_len": service.longest, "does": does}
-
-    @router.get("/health")
+    @router.get("/health", responses=refuses(503))
     async def health() -> Response:
         """200 while what runs the model lives, 503 when it has died."""
         for part in service.parts:
@@ -35,7 +31,7 @@ def routes(service: Service) -> APIRouter:
                 raise Refused(503, str(part.error or "the engine has not been started"), "engine_stopped")
         return JSONResponse({"status": "ok"})
 
-    @router.get("/ready")
+    @router.get("/ready", responses=refuses(503))
     async def ready() -> Response:
         """200 while requests are taken: not before the model is warm, nor when the server is about to end."""
         await health()
@@ -43,10 +39,22 @@ def routes(service: Service) -> APIRouter:
             raise Refused(503, "the server is warming up or about to end", "not_ready")
         return JSONResponse({"status": "ready"})
 
-    @router.get("/metrics")
+    @router.get("/metrics", responses=TEXT | refuses(), response_class=Response)
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["about"], responses=refuses(401))
+    born = int(time.time())
+
+    def card() -> dict[str, Any]:
+        does = [name for name in ("generator", "embedder") if getattr(service, name) is not None]
+        fixed = {"object": "model", "created": born, "owned_by": "pared", "root": service.name, "parent": None}
+        return {"id": service.name, **fixed, "max_model_len": service.longest, "does": does}
 
     @router.get("/version")
     async def version() -> Response:
@@ -63,7 +71,7 @@ def routes(service: Service) -> APIRouter:
         """The one model."""
         return JSONResponse({"object": "list", "data": [card()]})
 
-    @router.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}", responses=refuses(404))
     async def model(name: str) -> Response:
         """The one model, by its name."""
         service.check_model(name)
@@ -73,9 +81,9 @@ def routes(service: Service) -> APIRouter:
 
 
 def tokenizer_routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["tokenizer"])
+    router = APIRouter(tags=["tokenizer"], responses=refuses(401))
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", responses=refuses(400, 404))
     async def tokenize(body: TokenizeText | TokenizeChat) -> Response:
         """Token ids of a text, or of a conversation."""
         service.check_model(body.model)
@@ -88,7 +96,7 @@ def tokenizer_routes(service: Service) -> APIRouter:
         more = {"token_strs": pieces if body.return_token_strs else None}
         return JSONResponse({"count": len(tokens), "max_model_len": service.longest, "tokens": tokens, **more})
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", responses=refuses(400, 404))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids."""
         service.check_model(body.model)

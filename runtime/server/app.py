@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from ... import __version__
 from ..params import SamplingParams
-from . import about, embed, generate, refusals
+from . import about, document, embed, generate, refusals
 from .limits import Keys
 from .middleware import Bounded, Guarded, Traced
 from .service import Service
@@ -38,10 +38,12 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     )
     app.state.service = service
     refusals.install(app, service.metrics)
+    app.include_router(about.state_routes(service))
     app.include_router(about.routes(service))
     app.include_router(about.tokenizer_routes(service))
     app.include_router(generate.routes(service))
     app.include_router(embed.routes(service))
+    document.install(app, len(keys) > 0)
     app.add_middleware(Bounded, body_bytes=service.limits.body_bytes, body_s=service.limits.body_s)
     app.add_middleware(Guarded, keys=keys)
     app.add_middleware(Traced)  # the last one added is the outermost

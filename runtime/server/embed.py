@@ -13,13 +13,14 @@ from starlette.responses import Response
 
 from ...embedding import Text
 from ...errors import BadParameter, PromptTooLong
+from .document import refuses
 from .schema import EmbeddingRequest
 from .service import Service
 from .sse import while_connected
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["embed"])
+    router = APIRouter(tags=["embed"], responses=refuses(400, 401, 404, 429, 503))
 
     @router.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:

@@ -14,6 +14,7 @@ from ...errors import BadParameter, PromptTooLong
 from ..llm import Request as Asked
 from ..outputs import Delta, Output
 from ..params import SamplingParams
+from .document import EVENTS, refuses
 from .replies import ChatReply, CompletionReply, Frame, Json, usage
 from .sampling import chat_params, completion_params
 from .schema import ChatRequest, CompletionRequest, Conversation
@@ -24,7 +25,7 @@ Reply = ChatReply | CompletionReply
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["generate"])
+    router = APIRouter(tags=["generate"], responses=EVENTS | refuses(400, 401, 404, 429, 503))
 
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:

@@ -19,6 +19,7 @@ from .refusals import Refused
 
 OPEN = frozenset(("/health", "/ready", "/metrics"))
 """Paths that need no key: load balancers and scrapers ask them."""
+MOST_HEADERS = 256
 _GOOD_ID = re.compile(r"[\w.:-]{1,64}")
 
 log = logging.getLogger("pared.server")
@@ -74,7 +75,7 @@ class Guarded:
 
 
 class Bounded:
-    """Takes a body in whole before anything is done about it, unless it is too large or too slow."""
+    """Takes a body in whole before anything is done about it; refuses what is too large, too slow, or all headers."""
 
     def __init__(self, app: ASGIApp, body_bytes: int, body_s: float) -> None:
         self.app = app
@@ -86,6 +87,8 @@ class Bounded:
             await self.app(scope, receive, send)
             return
         try:
+            if len(scope["headers"]) > MOST_HEADERS:
+                raise Refused(431, f"at most {MOST_HEADERS} headers a request, got {len(scope['headers'])}")
             body = await asyncio.wait_for(self._body(receive), self.body_s)
         except asyncio.TimeoutError:
             await Refused(408, f"the body did not arrive within {self.body_s:g} s").response()(scope, receive, send)

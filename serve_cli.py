@@ -63,6 +63,9 @@ MaxN = Annotated[int, _option("max-n", "Answers to one prompt.")]
 MaxBodyBytes = Annotated[int, _option("max-body-bytes", "Size of a request.")]
 BodySeconds = Annotated[float, _option("body-seconds", "Time for a request to arrive.")]
 DrainSeconds = Annotated[float, _option("drain-seconds", "Time to finish what runs when told to end.")]
+Otlp = Annotated[
+    str | None, _option("otlp-endpoint", "Where traces go, as http://localhost:4318/v1/traces; needs pared[otel].")
+]
 Level = Annotated[LogLevel, _option("log-level", "How much the log on stderr tells.")]
 
 
@@ -93,11 +96,12 @@ def serve(
     max_body_bytes: MaxBodyBytes = 4 * 2**20,
     body_seconds: BodySeconds = 30.0,
     drain_seconds: DrainSeconds = 30.0,
+    otlp_endpoint: Otlp = None,
     log_level: Level = LogLevel.info,
 ) -> None:
     """Serve a model behind the OpenAI API until a signal comes; what runs is finished first."""
     try:
-        from .runtime.server import limits, opening, run
+        from .runtime.server import limits, opening, run, tracing
     except ImportError as error:
         raise BadParameter(f"serving needs {error.name}: pip install 'pared[serve]'") from error
 
@@ -117,4 +121,5 @@ def serve(
     )
     binding = run.Binding(host, port, socket, certificate, private_key, root_path)
     service = opening.open_service(path, name or path.resolve().name, bounds, wanted)
+    service.spans = tracing.Spans(otlp_endpoint, service.name) if otlp_endpoint else None
     run.serve(service, binding, api_key_file, log_level.value)

@@ -79,6 +79,7 @@ EMBED = ["pyarrow>=18"]
 SENTENCES = "sentence-transformers>=6"
 SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus-client>=0.20"]
 GUIDED = ["llguidance>=1.3"]
+OTEL = ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"]
 TEST = [
     *TRAIN,
     *EVAL,
@@ -86,6 +87,7 @@ TEST = [
     SENTENCES,
     *SERVE,
     *GUIDED,
+    *OTEL,
     "openai>=1.60",
     "schemathesis>=4.30; python_version >= '3.11'",
     "pytest>=8.4",
@@ -134,6 +136,7 @@ setup(
         "embed": EMBED,
         "serve": SERVE,
         "guided": GUIDED,
+        "otel": OTEL,
         "bench": BENCH,
     },
     entry_points={"console_scripts": [f"{PKG}={PKG}.cli:main"]},

@@ -31,6 +31,8 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
             service.ready = False
             for part in service.parts:
                 await part.stop()
+            if service.spans is not None:
+                await asyncio.to_thread(service.spans.close)
 
     about_us = "A compressed model behind OpenAI's API."
     app = FastAPI(
@@ -46,7 +48,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     document.install(app, len(keys) > 0)
     app.add_middleware(Bounded, body_bytes=service.limits.body_bytes, body_s=service.limits.body_s)
     app.add_middleware(Guarded, keys=keys)
-    app.add_middleware(Traced)  # the last one added is the outermost
+    app.add_middleware(Traced, spans=service.spans)  # the last one added is the outermost
     return app
 
 

@@ -104,6 +104,7 @@ class Metrics:
         line.update(output_tokens=0, cached_tokens=0)
         async for place, delta in answers:
             self._note(clocks[place, delta.index], delta)
+            line.setdefault("first_token_seconds", round(time.monotonic() - arrived, 4))
             line["output_tokens"] += len(delta.token_ids)
             if delta.finish_reason is not None:
                 line["finish"].append(delta.finish_reason)

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .limits import Keys
 from .refusals import Refused
+from .tracing import Spans
 
 OPEN = frozenset(("/health", "/ready", "/metrics"))
 """Paths that need no key: load balancers and scrapers ask them."""
@@ -31,8 +32,9 @@ class Traced:
     Endpoints add what is worth a line to request.state.line; texts never are.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, spans: Spans | None = None) -> None:
         self.app = app
+        self.spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,6 +58,8 @@ class Traced:
             line["seconds"] = round(time.monotonic() - begun, 4)
             quiet = scope["path"] in OPEN and line["status"] == 200
             log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"line": line})
+            if self.spans is not None and not quiet:
+                self.spans.tell(Headers(scope=scope), line)
 
 
 class Guarded:

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from ..model import Decoder
     from ..text import Tokenizer
     from .metrics import Metrics
+    from .tracing import Spans
 
 
 @dataclass
 class Service:
     """A model under its name: an engine that generates, an encoder that embeds, or both.
 
-    decoder: the model itself, for what is told of it. ready: warmed up, and not about to end.
+    decoder: the model itself, for what is told of it. spans: where requests are traced, if anywhere. ready: warmed up,
+    and not about to end.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Service:
     generator: AsyncEngine | None = None
     embedder: AsyncEmbedder | None = None
     decoder: Decoder | None = None
+    spans: Spans | None = None
     ready: bool = False
 
     @property

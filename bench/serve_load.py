@@ -212,7 +212,7 @@ def _held(service: Service, tasks: int) -> dict[str, int]:
 
 
 def _metrics(address: str) -> dict[str, float]:
-    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    lines = httpx.get(f"{address}/metrics", timeout=600).text.splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 

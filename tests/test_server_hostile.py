@@ -130,7 +130,8 @@ def test_a_guide_that_explodes_is_refused_or_bounded(address: str, guide: dict) 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "presence_penalty", "max_tokens"])
 def test_what_is_no_number(address: str, field: str, number: str) -> None:
     content = f'{{"prompt": "x", "{field}": {number}}}'
-    response = httpx.post(f"{address}/v1/completions", content=content, headers={"content-type": "application/json"})
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{address}/v1/completions", content=content, headers=headers, timeout=FOREVER)
     assert response.status_code == 400
 
 
@@ -272,4 +273,4 @@ def test_what_is_no_text(address: str, path: str, content: bytes) -> None:
 
 def test_addresses_that_are_no_text(address: str) -> None:
     for name in ("%ff%fe", "..%2f..%2fetc", "%00", "%2e%2e/", "x" * 9000):
-        assert httpx.get(f"{address}/v1/models/{name}").status_code == 404
+        assert httpx.get(f"{address}/v1/models/{name}", timeout=FOREVER).status_code == 404

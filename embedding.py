@@ -26,6 +26,8 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "chatml": ("<|im_start|>user\n", "<|im_end|>"),  # Qwen2, SmolLM2
 }
 """What stands around a text: the turn of a user, in the forms that chat models were trained with."""
+Text = str | Sequence[int]
+"""A text, or its token ids."""
 
 
 class Tokens(NamedTuple):
@@ -79,6 +81,19 @@ class Embedding:
                     f"text {i} has no token within {self.max_length}; shorten its instruction, or leave it out"
                 )
         return [Tokens(ids, start, cut) for (ids, cut), start in zip(whole, starts, strict=True)]
+
+    def given(self, ids: Sequence[int], vocab: int, number: int = 0) -> Tokens:
+        """Token ids as they are: nothing is put around them and all of them count; cut at max_length.
+
+        number: the text's in messages. Raises BadParameter for none, and for what is no id of `vocab` tokens.
+        """
+        wrong = next((token for token in ids if type(token) is not int or not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise BadParameter(f"text {number} holds token id {wrong!r}; this model knows 0 to {vocab - 1}")
+        if not ids:
+            raise BadParameter(f"text {number} is empty, there is nothing to embed; leave it out")
+        kept = list(ids[: self.max_length])
+        return Tokens(kept, 0, len(ids) - len(kept))
 
     def file(self) -> bytes:
         """The content of embedding.json."""

@@ -20,81 +20,110 @@ class LogLevel(str, Enum):
     error = "error"
 
 
+class Pooling(str, Enum):
+    """How the states of a text's tokens become one vector."""
+
+    weighted_mean = "weighted_mean"
+    mean = "mean"
+    last = "last"
+    cls = "cls"
+
+
 def _option(name: str, help: str) -> typer.models.OptionInfo:
     return typer.Option(f"--{name}", envvar=f"PARED_{name.upper().replace('-', '_')}", help=help)
 
 
+Folder = Annotated[Path, typer.Argument(metavar="PATH", help="A compact folder.", envvar="PARED_PATH")]
+Host = Annotated[str, _option("host", "Address to listen at.")]
+Port = Annotated[int, _option("port", "Port to listen at.")]
+Socket = Annotated[Path | None, _option("socket", "A unix socket to listen at instead.")]
+Certificate = Annotated[Path | None, _option("certificate", "TLS certificate, PEM.")]
+PrivateKey = Annotated[Path | None, _option("private-key", "TLS private key, PEM.")]
+RootPath = Annotated[str, _option("root-path", "Path under which a proxy shows the server.")]
+Name = Annotated[str | None, _option("name", "Name of the model; default: the folder's.")]
+KeyFile = Annotated[Path | None, _option("api-key-file", "API keys, one a line; PARED_API_KEYS may hold some too.")]
+Dtype = Annotated[str | None, _option("dtype", "bfloat16, float16 or float32; default: the folder's.")]
+Device = Annotated[str | None, _option("device", "cpu or cuda; default: the GPU if there is one.")]
+Strict = Annotated[bool, _option("strict", "An error where a slower path would replace a kernel.")]
+Int8Head = Annotated[bool, _option("int8-head", "Read the head as 8-bit integers; see eval.")]
+Pool = Annotated[Pooling | None, _option("pooling", "Embed too, pooling so; default: as the folder says, if it does.")]
+MaxBatch = Annotated[int, _option("max-batch", "Answers that run at a time.")]
+Chunk = Annotated[int, _option("chunk", "Token rows of one step.")]
+KvBytes = Annotated[int | None, _option("kv-cache-bytes", "Memory of the KV cache; default: a share of what is free.")]
+PrefixCaching = Annotated[
+    bool, typer.Option(envvar="PARED_PREFIX_CACHING", help="Keep what prompts begin with, for others that begin alike.")
+]
+MaxWaiting = Annotated[int, _option("max-waiting", "Answers that wait for a place.")]
+MaxPromptTokens = Annotated[
+    int | None, _option("max-prompt-tokens", "Tokens of a prompt; default: what the context holds.")
+]
+MaxPrompts = Annotated[int, _option("max-prompts", "Prompts of one request.")]
+MaxTexts = Annotated[int, _option("max-texts", "Texts to embed in one request.")]
+MaxN = Annotated[int, _option("max-n", "Answers to one prompt.")]
+MaxBodyBytes = Annotated[int, _option("max-body-bytes", "Size of a request.")]
+BodySeconds = Annotated[float, _option("body-seconds", "Time for a request to arrive.")]
+DrainSeconds = Annotated[float, _option("drain-seconds", "Time to finish what runs when told to end.")]
+Otlp = Annotated[
+    str | None, _option("otlp-endpoint", "Where traces go, as http://localhost:4318/v1/traces; needs pared[otel].")
+]
+Level = Annotated[LogLevel, _option("log-level", "How much the log on stderr tells.")]
+
+
 def serve(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A compact folder.", envvar="PARED_PATH")],
-    host: Annotated[str, _option("host", "Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, _option("port", "Port to listen at.")] = 8000,
-    socket: Annotated[Path | None, _option("socket", "A unix socket to listen at instead.")] = None,
-    certificate: Annotated[Path | None, _option("certificate", "TLS certificate, PEM.")] = None,
-    private_key: Annotated[Path | None, _option("private-key", "TLS private key, PEM.")] = None,
-    root_path: Annotated[str, _option("root-path", "Path under which a proxy shows the server.")] = "",
-    name: Annotated[str | None, _option("name", "Name of the model; default: the folder's.")] = None,
-    api_key_file: Annotated[
-        Path | None, _option("api-key-file", "API keys, one a line; PARED_API_KEYS may hold some too.")
-    ] = None,
-    dtype: Annotated[str | None, _option("dtype", "bfloat16, float16 or float32; default: the folder's.")] = None,
-    device: Annotated[str | None, _option("device", "cpu or cuda; default: the GPU if there is one.")] = None,
-    strict: Annotated[bool, _option("strict", "An error where a slower path would replace a kernel.")] = False,
-    int8_head: Annotated[bool, _option("int8-head", "Read the head as 8-bit integers; see eval.")] = False,
-    max_batch: Annotated[int, _option("max-batch", "Answers that run at a time.")] = 64,
-    chunk: Annotated[int, _option("chunk", "Token rows of one step.")] = 1024,
-    kv_cache_bytes: Annotated[
-        int | None, _option("kv-cache-bytes", "Memory of the KV cache; default: a share of what is free.")
-    ] = None,
-    prefix_caching: Annotated[
-        bool,
-        typer.Option(envvar="PARED_PREFIX_CACHING", help="Keep what prompts begin with, for others that begin alike."),
-    ] = True,
-    max_waiting: Annotated[int, _option("max-waiting", "Answers that wait for a place.")] = 256,
-    max_prompt_tokens: Annotated[
-        int | None, _option("max-prompt-tokens", "Tokens of a prompt; default: what the context holds.")
-    ] = None,
-    max_prompts: Annotated[int, _option("max-prompts", "Prompts of one request.")] = 64,
-    max_texts: Annotated[int, _option("max-texts", "Texts to embed in one request.")] = 2048,
-    max_n: Annotated[int, _option("max-n", "Answers to one prompt.")] = 16,
-    max_body_bytes: Annotated[int, _option("max-body-bytes", "Size of a request.")] = 4 * 2**20,
-    body_seconds: Annotated[float, _option("body-seconds", "Time for a request to arrive.")] = 30.0,
-    drain_seconds: Annotated[float, _option("drain-seconds", "Time to finish what runs when told to end.")] = 30.0,
-    log_level: Annotated[LogLevel, _option("log-level", "How much the log on stderr tells.")] = LogLevel.info,
+    path: Folder,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    socket: Socket = None,
+    certificate: Certificate = None,
+    private_key: PrivateKey = None,
+    root_path: RootPath = "",
+    name: Name = None,
+    api_key_file: KeyFile = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    strict: Strict = False,
+    int8_head: Int8Head = False,
+    pooling: Pool = None,
+    max_batch: MaxBatch = 64,
+    chunk: Chunk = 1024,
+    kv_cache_bytes: KvBytes = None,
+    prefix_caching: PrefixCaching = True,
+    max_waiting: MaxWaiting = 256,
+    max_prompt_tokens: MaxPromptTokens = None,
+    max_prompts: MaxPrompts = 64,
+    max_texts: MaxTexts = 2048,
+    max_n: MaxN = 16,
+    max_body_bytes: MaxBodyBytes = 4 * 2**20,
+    body_seconds: BodySeconds = 30.0,
+    drain_seconds: DrainSeconds = 30.0,
+    otlp_endpoint: Otlp = None,
+    log_level: Level = LogLevel.info,
 ) -> None:
     """Serve a model behind the OpenAI API until a signal comes; what runs is finished first."""
     try:
-        from .runtime.server.limits import Limits
-        from .runtime.server.run import Binding, service_of
-        from .runtime.server.run import serve as run
+        from .runtime.server import limits, opening, run, tracing
     except ImportError as error:
         raise BadParameter(f"serving needs {error.name}: pip install 'pared[serve]'") from error
     from .compact import open_folder
     from .reports import folder_report
-    from .runtime.llm import LLM
 
-    llm = LLM(
-        path,
-        dtype=dtype,
-        device=device,
-        strict=strict,
-        int8_head=int8_head,
-        max_batch=max_batch,
-        chunk=chunk,
-        prefix_caching=prefix_caching,
-        kv_cache_bytes=kv_cache_bytes,
+    wanted = opening.Wanted(
+        dtype,
+        device,
+        strict,
+        int8_head,
+        max_batch,
+        chunk,
+        kv_cache_bytes,
+        prefix_caching,
+        pooling and pooling.value,  # type: ignore[arg-type]
     )
-    limits = Limits(
-        waiting=max_waiting,
-        prompts=max_prompts,
-        texts=max_texts,
-        n=max_n,
-        prompt_tokens=max_prompt_tokens,
-        body_bytes=max_body_bytes,
-        body_s=body_seconds,
-        drain_s=drain_seconds,
+    bounds = limits.Limits(
+        max_waiting, max_prompts, max_texts, max_n, max_prompt_tokens, max_body_bytes, body_seconds, drain_seconds
     )
-    binding = Binding(host, port, socket, certificate, private_key, root_path)
-    service = service_of(llm, name or path.resolve().name, limits)
+    binding = run.Binding(host, port, socket, certificate, private_key, root_path)
+    service = opening.open_service(path, name or path.resolve().name, bounds, wanted)
+    service.spans = tracing.Spans(otlp_endpoint, service.name) if otlp_endpoint else None
     with open_folder(path) as folder:
         service.folder = folder_report(folder).as_json()
-    run(service, binding, api_key_file, log_level.value)
+    run.serve(service, binding, api_key_file, log_level.value)

@@ -79,6 +79,7 @@ EMBED = ["pyarrow>=18"]
 SENTENCES = "sentence-transformers>=6"
 SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus-client>=0.20"]
 GUIDED = ["llguidance>=1.3"]
+OTEL = ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"]
 TEST = [
     *TRAIN,
     *EVAL,
@@ -86,8 +87,10 @@ TEST = [
     SENTENCES,
     *SERVE,
     *GUIDED,
+    *OTEL,
     "openai>=1.60",
     "httpx2>=2.12",
+    "schemathesis>=4.30; python_version >= '3.11'",
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -97,7 +100,7 @@ TEST = [
     "numpy<2.4",  # the interpreter of triton 3.6 fails with newer ones
     "triton>=3.6; sys_platform == 'linux'",
 ]
-BENCH = ["matplotlib>=3.9", "httpx2>=2.12", "pytest>=8.4", "pytest-benchmark>=5.1", SENTENCES]
+BENCH = ["matplotlib>=3.9", "pytest>=8.4", "pytest-benchmark>=5.1", SENTENCES, *SERVE, "httpx2>=2.12"]
 
 setup(
     name=PKG,
@@ -135,6 +138,7 @@ setup(
         "embed": EMBED,
         "serve": SERVE,
         "guided": GUIDED,
+        "otel": OTEL,
         "bench": BENCH,
     },
     entry_points={"console_scripts": [f"{PKG}={PKG}.cli:main"]},

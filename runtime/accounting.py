@@ -6,6 +6,7 @@ that the ops really receive are counted, in their prepared layout, padding inclu
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -59,6 +60,14 @@ def weight_memory(decoder: Decoder) -> int:
     """Bytes of memory behind a decoder's weights, each stretch of it once, whoever shares it."""
     storages = [tensor.untyped_storage() for tensor in _tensors(decoder.weights)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def dense_memory(decoder: Decoder) -> int:
+    """Bytes of a decoder's weights if they lay dense, each number in the decoder's dtype."""
+    spec = decoder.spec
+    absent = spec.names.head if decoder.weights.head is None else None
+    linears = sum(linear.n * (linear.k + linear.bias) for path, linear in spec.linears().items() if path != absent)
+    return decoder.dtype.itemsize * (linears + sum(math.prod(shape) for shape in spec.plain().values()))
 
 
 def _one_token(decoder: Decoder) -> tuple[Batch, KVCache]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from ..embedding import Text
 from ..errors import BadParameter, EngineBusy, EngineError, EngineStopped, RequestError
+from .text import Tokenizer
+
+T = TypeVar("T")
 
 TOGETHER = 1024
 """Texts of one call of the encoder at most. It makes batches of them by their tokens."""
-Text = str | Sequence[int]
 
 
 class Vectors(Protocol):
@@ -33,6 +36,11 @@ class Vectors(Protocol):
 
 class Encoder(Protocol):
     """A model that embeds texts, or their token ids. `finish` brings vectors to length 1, and cuts them."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def max_length(self) -> int: ...
 
     def embed(self, texts: Sequence[Text], prompt_name: str | None = None) -> Vectors: ...
 
@@ -55,21 +63,32 @@ class AsyncEmbedder:
         self._waiting: list[_Asked] = []
         self._come = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "pared-encoder")
-        self._refused: str | None = None
+        self.error: EngineStopped | None = None
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._work())
+        self.loop = asyncio.get_running_loop()
+        self.task = self.loop.create_task(self._work())
+
+    @property
+    def alive(self) -> bool:
+        """Whether texts are embedded still."""
+        return not self.task.done()
+
+    @property
+    def waiting(self) -> int:
+        """Texts that are asked and not answered."""
+        return sum(len(asked.texts) for asked in self._waiting if not asked.answer.done())
 
     async def stop(self) -> None:
         """Fail what is still asked, and end after the current call."""
         self.refuse("the encoder has been stopped")
-        self._task.cancel()
+        self.task.cancel()
         _fail(self._waiting, EngineStopped("the encoder has been stopped"))
         await asyncio.to_thread(self._thread.shutdown)
 
     def refuse(self, why: str) -> None:
         """Take no more texts; those that were taken go on."""
-        self._refused = self._refused or why
+        self.error = self.error or EngineStopped(why)
 
     async def embed(
         self, texts: Sequence[Text], prompt_name: str | None = None
@@ -78,17 +97,21 @@ class AsyncEmbedder:
 
         Raises EngineBusy, EngineStopped, EngineError, or the RequestError of the encoder.
         """
-        if self._refused is not None:
-            raise EngineStopped(self._refused)
-        held = sum(len(asked.texts) for asked in self._waiting)
+        if self.error is not None:
+            raise self.error
+        held = self.waiting
         if len(texts) > self.max_waiting:
             raise BadParameter(f"{len(texts)} texts at a time are more than the {self.max_waiting} that may wait")
         if held + len(texts) > self.max_waiting:
             raise EngineBusy(f"{held} texts wait already and at most {self.max_waiting} may; try again later")
-        asked = _Asked(list(texts), prompt_name, asyncio.get_running_loop().create_future())
+        asked = _Asked(list(texts), prompt_name, self.loop.create_future())
         self._waiting.append(asked)
         self._come.set()
         return await asked.answer
+
+    async def beside(self, call: Callable[..., T], *args: Any) -> T:
+        """What `call` returns, run on the encoder's thread: its tokenizer is not to be used by two at a time."""
+        return await self.loop.run_in_executor(self._thread, call, *args)
 
     async def drained(self) -> None:
         """Wait until nothing is asked."""
@@ -107,7 +130,9 @@ class AsyncEmbedder:
         texts = [text for asked in together for text in asked.texts]
         call = partial(self.encoder.embed, texts, together[0].prompt_name)
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._thread, call)
+            found = await self.beside(call)
+            if not bool(found.vectors.isfinite().all()):
+                raise EngineError("a vector is not finite; a wider dtype may hold it")
         except RequestError as error:
             if len(together) == 1:
                 _fail(together, error)

@@ -13,11 +13,12 @@ import torch
 from tqdm import tqdm
 
 from .. import sentence_layout
-from ..embedding import POOLINGS, Embedding, Pooling, Tokens
+from ..embedding import POOLINGS, Embedding, Pooling, Text, Tokens
 from ..errors import BadParameter
 from ..kernels import dispatch
 from .llm import context_length, dtype_of
 from .loader import load
+from .model import Decoder
 from .packed import Packed, batches
 from .text import Tokenizer
 from .vectors import Precision, quantize, shape
@@ -52,7 +53,8 @@ class Embedder:
     """A compact folder, loaded and ready to embed.
 
     path, dtype, device, strict: as for LLM. pooling, max_length (in tokens): default are the folder's, which it says
-    as sentence-transformers' folders do or in embedding.json. batch_tokens: tokens that run at a time.
+    as sentence-transformers' folders do or in embedding.json. batch_tokens: tokens that run at a time. decoder: the
+    folder's, where it is loaded already; then dtype and device are its own.
 
     The names of `encode` and its arguments are those of sentence-transformers. A text gives the same vector whatever
     else is in the call, to the rounding of the model's dtype.
@@ -70,9 +72,10 @@ class Embedder:
         pooling: Pooling | None = None,
         max_length: int | None = None,
         batch_tokens: int | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         self.path, self.strict = Path(path), strict
-        self.model = load(path, device, dtype_of(dtype), head=False)
+        self.model = decoder or load(path, device, dtype_of(dtype), head=False)
         embedding = _embedding(path, pooling)
         self.tokenizer = Tokenizer(path)
         self.batch_tokens = batch_tokens or BATCH_TOKENS[self.model.device.type]
@@ -134,19 +137,20 @@ class Embedder:
 
     def embed(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         prompt_name: str | None = None,
         prompt: str | None = None,
         advance: Callable[[int], Any] = lambda _: None,
     ) -> Embeddings:
         """Vectors as the model gives them, with the account of tokens; see `encode`.
 
+        In place of a text its token ids may stand; neither template nor prompt is put around those.
         advance: told, batch by batch, how many texts are done.
         """
         before, texts = self.prompt(prompt_name, prompt), list(texts)
         vectors, tokens, cut = torch.empty(len(texts), self.dimension), list[int](), list[int]()
         for start in range(0, len(texts), _SLAB):
-            slab = self.embedding.tokenize(self.tokenizer.hf, texts[start : start + _SLAB], before, start)
+            slab = self._tokens(texts[start : start + _SLAB], before, start)
             self._run(slab, vectors[start : start + _SLAB], advance)
             tokens += [len(text.ids) for text in slab]
             cut += [text.cut for text in slab]
@@ -169,6 +173,17 @@ class Embedder:
             known = ", ".join(prompts) or "none"
             raise BadParameter(f"the folder has no prompt {name!r}; it has {known}; or give prompt, a text")
         return prompts[name]
+
+    def _tokens(self, texts: Sequence[Text], before: str, first: int) -> list[Tokens]:
+        vocab = self.model.spec.vocab
+        given = {
+            i: self.embedding.given(text, vocab, first + i)
+            for i, text in enumerate(texts)
+            if isinstance(text, (list, tuple))
+        }
+        words = [text for i, text in enumerate(texts) if i not in given]
+        read = iter(self.embedding.tokenize(self.tokenizer.hf, words, before, first))  # type: ignore[arg-type]
+        return [given[i] if i in given else next(read) for i in range(len(texts))]
 
     def _named(self, *names: str) -> str | None:
         return next((name for name in names if name in self.embedding.prompts), None)

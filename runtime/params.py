@@ -14,6 +14,8 @@ from ..errors import BadParameter
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+REPETITION = (0.01, 100.0)
+"""Beyond these a penalty makes infinities of logits, which fail the step of everyone who is in it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class SamplingParams:
     top_k              keep the k likeliest tokens; 0 = all
     top_p              keep the smallest set of likeliest tokens whose probability reaches p
     min_p              drop tokens less likely than min_p times the likeliest
-    repetition_penalty logits of tokens seen in the prompt or the answer are divided (positive) or multiplied by it
+    repetition_penalty logits of tokens seen in the prompt or the answer are divided (positive) or multiplied by it,
+                       0.01 to 100
     presence_penalty   subtracted from the logits of tokens seen in the answer
     frequency_penalty  subtracted once per occurrence in the answer
     logit_bias         token id -> number added to its logit, -100 to 100
@@ -123,7 +126,7 @@ _NUMBERS = (  # name, low, high, whether low itself is excluded
     ("temperature", 0.0, math.inf, False),
     ("top_p", 0.0, 1.0, True),
     ("min_p", 0.0, 1.0, False),
-    ("repetition_penalty", 0.0, math.inf, True),
+    ("repetition_penalty", *REPETITION, False),
     ("presence_penalty", -2.0, 2.0, False),
     ("frequency_penalty", -2.0, 2.0, False),
 )

@@ -121,8 +121,10 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     seed's token depend on what batch mates ask for and on how ties were sorted.
     """
     params = [sequence.params for sequence in sequences]
-    # The best logit becomes 0 first, so that no temperature, however small, makes an infinity of it.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column(sequences, "temperature", logits)
+    # The best logit becomes 0 first, so that no temperature, however small, makes an infinity of it; in fp32 the
+    # smallest would be 0 themselves.
+    temperature = _column(sequences, "temperature", logits).clamp_min(torch.finfo(logits.dtype).tiny)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if any(p.top_k or p.top_p < 1 for p in params):
         logits = _keep_top(logits, params)
     probs = logits.softmax(dim=-1, dtype=torch.float64)

@@ -31,6 +31,10 @@ DECIDE_THE_BYTES = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-cases", type=int, default=400, help="requests that test_server_fuzz.py sends at least")
+
+
 def _key(model: Path) -> str:
     digest = hashlib.sha256(f"{model.stat().st_size} {model.stat().st_mtime_ns}".encode())
     for pattern in DECIDE_THE_BYTES:

@@ -58,6 +58,8 @@ ONLY_IN = {
     "uvicorn": {"runtime/server"},
     "pydantic": {"runtime/server"},
     "prometheus_client": {"runtime/server"},
+    "h11": {"runtime/server"},
+    "opentelemetry": {"runtime/server"},
     "llguidance": {"runtime/guided.py"},
     "rich": {"terminal.py"},
     "matplotlib": {"bench"},

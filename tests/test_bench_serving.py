@@ -20,7 +20,7 @@ from pared.bench.serving import Load, lines, summary, sweep
 from pared.errors import BadParameter, EndpointError
 from pared.runtime.llm import LLM
 from pared.runtime.server.limits import Limits
-from pared.runtime.server.run import service_of
+from pared.runtime.server.opening import service_of
 from pared.tests.serving import free_port, serving
 from pared.tests.test_cli import Run
 from pared.tests.test_cli import pared as pared  # a fixture

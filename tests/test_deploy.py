@@ -22,7 +22,7 @@ from pared.cli import app
 from pared.kernels.dispatch import FALLBACKS
 from pared.runtime.llm import LLM
 from pared.runtime.server.limits import KEYS_VARIABLE, Limits
-from pared.runtime.server.run import service_of
+from pared.runtime.server.opening import service_of
 from pared.tests.serving import serving
 
 ROOT = Path(__file__).resolve().parents[1]

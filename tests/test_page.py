@@ -20,8 +20,8 @@ from pared.runtime.llm import LLM
 from pared.runtime.params import SamplingParams
 from pared.runtime.server.limits import Limits
 from pared.runtime.server.metrics import Metrics
+from pared.runtime.server.opening import service_of
 from pared.runtime.server.page import page
-from pared.runtime.server.run import service_of
 from pared.runtime.server.service import Service
 from pared.tests import browser as chromium
 from pared.tests.browser import Tab

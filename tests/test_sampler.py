@@ -49,6 +49,16 @@ def test_greedy_takes_the_best_and_leaves_the_logits_alone() -> None:
     assert torch.equal(logits, before)
 
 
+def test_no_option_makes_an_infinity_or_a_wrong_token_of_good_logits() -> None:
+    logits = logits_of(0, 2)
+    coldest = [make(temperature=temperature) for temperature in (5e-324, 1e-45)]
+    assert sample(logits, coldest)[0] == logits.argmax(dim=-1).tolist()
+    for penalty in (0.01, 100.0):
+        most = {"repetition_penalty": penalty, "presence_penalty": -2, "frequency_penalty": -2, "logit_bias": {1: 100}}
+        tokens, _ = sample(1e30 * logits, [make(temperature=1e300, seed=1, **most) for _ in range(2)])
+        assert all(0 <= token < V for token in tokens)
+
+
 def test_plain_greedy_rows_cost_no_work_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = logits_of(0, 3)
     assert sampler._adjust(logits, [make() for _ in range(3)]) is logits
@@ -230,7 +240,7 @@ def test_broken_logits_are_named(value: float, options: dict) -> None:
         ({"top_p": 1.01}, "top_p"),
         ({"min_p": -1}, "min_p"),
         ({"top_k": -1}, "top_k must be an integer of at least 0, got -1"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be a finite number above 0, got 0"),
+        ({"repetition_penalty": 1e-9}, "repetition_penalty must be a finite number at least 0.01 and at most 100"),
         ({"presence_penalty": 2.1}, "presence_penalty.*at least -2 and at most 2"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"logit_bias": {1: 101}}, "logit_bias.*-100 to 100.*1: 101"),

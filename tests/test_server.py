@@ -14,7 +14,7 @@ import pytest
 from pared.runtime.llm import LLM
 from pared.runtime.params import SamplingParams
 from pared.runtime.server.limits import Limits
-from pared.runtime.server.run import service_of
+from pared.runtime.server.opening import service_of
 from pared.tests.serving import serving
 
 MODEL = "tiny"

@@ -7,11 +7,9 @@ import json
 import logging
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2 as httpx
@@ -19,15 +17,13 @@ import pytest
 import torch
 
 from pared.errors import BadParameter
-from pared.runtime.async_embedder import AsyncEmbedder
 from pared.runtime.llm import LLM
 from pared.runtime.server.app import drain
 from pared.runtime.server.limits import Keys, Limits, read_keys
 from pared.runtime.server.logs import JsonLines
-from pared.runtime.server.metrics import Metrics
-from pared.runtime.server.run import service_of
+from pared.runtime.server.opening import service_of
 from pared.runtime.server.service import Service
-from pared.tests.serving import serving
+from pared.tests.serving import eventually, serving
 
 ENDLESS = {"prompt": "x", "max_tokens": 200, "ignore_eos": True}
 
@@ -64,13 +60,6 @@ def clients(llm: LLM, keys: tuple[str, ...] = (), **limits: Any) -> Iterator[tup
             yield http, service
         finally:
             llm.core.model.open.set()
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < until, "it does not come true"
-        time.sleep(0.005)
 
 
 def ask(http: httpx.Client, body: dict, answers: list[httpx.Response]) -> threading.Thread:
@@ -234,96 +223,3 @@ def test_the_log_tells_what_happened_and_not_what_was_said(llm: LLM) -> None:
         (whole["output_tokens"], whole["finish"]) == (streamed["output_tokens"], streamed["finish"]) == (3, ["length"])
     )
     assert "private" not in json.dumps(lines) and "secret" not in json.dumps(lines)
-
-
-# --- embeddings, over any encoder ------------------------------------------------------------------
-
-
-class Counting:
-    """Embeds a text as its length, and says so to whoever counts its calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[list] = []
-        self.open = threading.Event()
-        self.open.set()
-
-    def embed(self, texts: list, prompt_name: str | None = None) -> Any:
-        self.calls.append(list(texts))
-        assert self.open.wait(60)
-        if "" in texts:
-            raise BadParameter("a text is empty")
-        lengths = [len(text) for text in texts]
-        vectors = torch.tensor([[float(length), 1.0, 2.0] for length in lengths])
-        return SimpleNamespace(vectors=vectors, tokens=lengths, cut=[max(0, length - 10) for length in lengths])
-
-    def finish(self, vectors: torch.Tensor, normalize: bool, dimensions: int | None) -> torch.Tensor:
-        vectors = vectors[:, : dimensions or 3]
-        return torch.nn.functional.normalize(vectors) if normalize else vectors
-
-
-@contextmanager
-def embedding(encoder: Counting) -> Iterator[tuple[Any, httpx.Client]]:
-    import openai
-
-    service = Service("lengths", Metrics(), Limits(texts=20), embedder=AsyncEmbedder(encoder, max_waiting=30))
-    with (
-        serving(service) as address,
-        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
-        httpx.Client(base_url=address, timeout=60) as http,
-    ):
-        yield client, http
-
-
-def test_embeddings() -> None:
-    with embedding(Counting()) as (client, http):
-        one = client.embeddings.create(model="lengths", input="four")
-        assert one.data[0].embedding == [4.0, 1.0, 2.0]
-        assert (one.usage.prompt_tokens, one.usage.total_tokens, one.model) == (4, 4, "lengths")
-        many = client.embeddings.create(model="lengths", input=["a", "bb"], encoding_format="float", dimensions=2)
-        assert [(item.index, item.embedding) for item in many.data] == [(0, [1.0, 1.0]), (1, [2.0, 1.0])]
-        tokens = client.embeddings.create(model="lengths", input=[[1, 2, 3], [4]])
-        assert [item.embedding[0] for item in tokens.data] == [3.0, 1.0]
-        body = {"input": "x", "normalize": True}
-        assert sum(
-            x * x for x in http.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]
-        ) == pytest.approx(1)
-        for wrong, words in (
-            ({"input": "x" * 11}, "1 tokens too long"),
-            ({"input": ""}, "a text is empty"),
-            ({"input": ["x"] * 21}, "at most 20 texts"),
-            ({"input": "x", "prompt": "y"}, "unknown field prompt"),
-        ):
-            refused = http.post("/v1/embeddings", json=wrong)
-            assert refused.status_code == 400 and words in refused.json()["error"]["message"]
-        assert http.post("/v1/embeddings", json={"input": "x" * 11, "truncate": True}).status_code == 200
-        assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 404
-        assert http.get("/ready").status_code == 200
-
-
-def test_texts_that_wait_run_together_and_fail_alone() -> None:
-    encoder = Counting()
-    with embedding(encoder) as (_, http):
-        encoder.open.clear()
-        found: dict[str, httpx.Response] = {}
-
-        def post(text: str) -> None:
-            found[text] = http.post("/v1/embeddings", json={"input": text})
-
-        threads = [threading.Thread(target=post, args=(text,)) for text in ("first", "a", "bb", "", "ccc")]
-        threads[0].start()
-        eventually(lambda: ["first"] in encoder.calls)
-        for thread in threads[1:]:
-            thread.start()
-        eventually(lambda: len(http.get("/health").content) > 0 and all(thread.is_alive() for thread in threads))
-        time.sleep(0.3)  # for all to be asked before the gate opens
-        encoder.open.set()
-        for thread in threads:
-            thread.join()
-        assert {text: answer.status_code for text, answer in found.items()} == {
-            "first": 200,
-            "a": 200,
-            "bb": 200,
-            "": 400,
-            "ccc": 200,
-        }
-        assert max(len(call) for call in encoder.calls) > 1

@@ -12,31 +12,26 @@ from starlette.responses import JSONResponse, Response
 
 from ... import __version__
 from ...kernels import dispatch, formats
+from .document import TEXT, refuses
 from .generate import conversation
 from .refusals import Refused
 from .schema import DetokenizeRequest, TokenizeChat, TokenizeText
 from .service import Service
 
 
-def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["about"])
-    born = int(time.time())
+def state_routes(service: Service) -> APIRouter:
+    """For whoever watches the server; they ask without a key."""
+    router = APIRouter(tags=["state"])
 
-    def card() -> dict[str, Any]:
-        longest = service.generator.llm.context if service.generator is not None else None
-        does = [name for name in ("generator", "embedder") if getattr(service, name) is not None]
-        fixed = {"object": "model", "created": born, "owned_by": "pared", "root": service.name, "parent": None}
-        return {"id": service.name, **fixed, "max_model_len": longest, "does": does}
-
-    @router.get("/health")
+    @router.get("/health", responses=refuses(503))
     async def health() -> Response:
-        """200 while the engine lives, 503 when it has died."""
-        engine = service.generator
-        if engine is not None and not engine.alive:
-            raise Refused(503, str(engine.error or "the engine has not been started"), "engine_stopped")
+        """200 while what runs the model lives, 503 when it has died."""
+        for part in service.parts:
+            if not part.alive:
+                raise Refused(503, str(part.error or "the engine has not been started"), "engine_stopped")
         return JSONResponse({"status": "ok"})
 
-    @router.get("/ready")
+    @router.get("/ready", responses=refuses(503))
     async def ready() -> Response:
         """200 while requests are taken: not before the model is warm, nor when the server is about to end."""
         await health()
@@ -44,22 +39,31 @@ def routes(service: Service) -> APIRouter:
             raise Refused(503, "the server is warming up or about to end", "not_ready")
         return JSONResponse({"status": "ready"})
 
-    @router.get("/metrics")
+    @router.get("/metrics", responses=TEXT | refuses(), response_class=Response)
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["about"], responses=refuses(401))
+    born = int(time.time())
+
+    def card() -> dict[str, Any]:
+        does = [name for name in ("generator", "embedder") if getattr(service, name) is not None]
+        fixed = {"object": "model", "created": born, "owned_by": "pared", "root": service.name, "parent": None}
+        return {"id": service.name, **fixed, "max_model_len": service.longest, "does": does}
 
     @router.get("/version")
     async def version() -> Response:
         """pared's version, those of its formats, and the kernels that run here."""
         stored = {module.NAME: module.VERSION for module in formats.FORMATS}
         told: dict[str, Any] = {"version": __version__, "torch": torch.__version__, "formats": stored}
-        if service.generator is not None:
-            model = service.llm.model
-            names = ("op", "path", "why")
-            told["kernels"] = [
-                dict(zip(names, row, strict=True)) for row in dispatch.describe(model.device, model.dtype)
-            ]
+        if service.decoder is not None:
+            paths = dispatch.describe(service.decoder.device, service.decoder.dtype)
+            told["kernels"] = [dict(zip(("op", "path", "why"), row, strict=True)) for row in paths]
         return JSONResponse(told)
 
     @router.get("/v1/models")
@@ -67,7 +71,7 @@ def routes(service: Service) -> APIRouter:
         """The one model."""
         return JSONResponse({"object": "list", "data": [card()]})
 
-    @router.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}", responses=refuses(404))
     async def model(name: str) -> Response:
         """The one model, by its name."""
         service.check_model(name)
@@ -77,37 +81,37 @@ def routes(service: Service) -> APIRouter:
 
 
 def tokenizer_routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["tokenizer"])
+    router = APIRouter(tags=["tokenizer"], responses=refuses(401))
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", responses=refuses(400, 404))
     async def tokenize(body: TokenizeText | TokenizeChat) -> Response:
         """Token ids of a text, or of a conversation."""
         service.check_model(body.model)
-        tokenizer = service.llm.tokenizer
+        tokenizer, beside = service.tokenizer, service.parts[0].beside
         if isinstance(body, TokenizeText):
-            tokens = await service.engine.beside(tokenizer.encode, body.prompt, body.add_special_tokens)
+            tokens = await beside(tokenizer.encode, body.prompt, body.add_special_tokens)
         else:
-            tokens = await service.engine.beside(conversation, service, body)
+            tokens = await beside(conversation, service, body)
         pieces = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
         more = {"token_strs": pieces if body.return_token_strs else None}
-        return JSONResponse({"count": len(tokens), "max_model_len": service.llm.context, "tokens": tokens, **more})
+        return JSONResponse({"count": len(tokens), "max_model_len": service.longest, "tokens": tokens, **more})
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", responses=refuses(400, 404))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids."""
         service.check_model(body.model)
-        text = await service.engine.beside(service.llm.tokenizer.decode, body.tokens, False)
+        text = await service.parts[0].beside(service.tokenizer.decode, body.tokens, False)
         return JSONResponse({"prompt": text})
 
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
         """What a client needs to build prompts: special tokens and the chat template."""
-        hf = service.llm.tokenizer.hf
+        hf = service.tokenizer.hf
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         special = {name: getattr(hf, name) for name in names} | {
             f"{name}_id": getattr(hf, f"{name}_id") for name in names
         }
-        more = {"vocab_size": len(hf), "max_model_len": service.llm.context, "chat_template": hf.chat_template}
+        more = {"vocab_size": len(hf), "max_model_len": service.longest, "chat_template": hf.chat_template}
         return JSONResponse({"tokenizer_class": type(hf).__name__, **special, **more})
 
     return router

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from ... import __version__
 from ..params import SamplingParams
-from . import about, embed, generate, page, refusals
+from . import about, document, embed, generate, page, refusals
 from .limits import Keys
 from .middleware import Bounded, Guarded, Traced
 from .service import Service
@@ -21,8 +21,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        started = [part for part in (service.generator, service.embedder) if part is not None]
-        for part in started:
+        for part in service.parts:
             part.start()
         try:
             await warm_up(service)
@@ -30,8 +29,10 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
             yield
         finally:
             service.ready = False
-            for part in started:
+            for part in service.parts:
                 await part.stop()
+            if service.spans is not None:
+                await asyncio.to_thread(service.spans.close)
 
     about_us = "A compressed model behind OpenAI's API."
     app = FastAPI(
@@ -40,14 +41,15 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     app.state.service = service
     refusals.install(app, service.metrics)
     app.include_router(page.routes(service))
+    app.include_router(about.state_routes(service))
     app.include_router(about.routes(service))
-    if service.generator is not None:
-        app.include_router(about.tokenizer_routes(service))
+    app.include_router(about.tokenizer_routes(service))
     app.include_router(generate.routes(service))
     app.include_router(embed.routes(service))
+    document.install(app, len(keys) > 0)
     app.add_middleware(Bounded, body_bytes=service.limits.body_bytes, body_s=service.limits.body_s)
     app.add_middleware(Guarded, keys=keys)
-    app.add_middleware(Traced)  # the last one added is the outermost
+    app.add_middleware(Traced, spans=service.spans)  # the last one added is the outermost
     return app
 
 
@@ -59,15 +61,14 @@ async def warm_up(service: Service) -> None:
         params = SamplingParams(max_tokens=4, ignore_eos=True)
         await engine.stream([await engine.request(tokens, params)]).outputs()
     if service.embedder is not None:
-        await service.embedder.embed(["a text"])
+        await service.embedder.embed([[0] * 8])
 
 
 async def drain(service: Service) -> None:
     """Take nothing more, and wait for what was taken, for as long as the limits say."""
     service.ready = False
-    parts = [part for part in (service.generator, service.embedder) if part is not None]
-    for part in parts:
+    for part in service.parts:
         part.refuse("the server is about to end; ask another one, or again later")
-    waiting = asyncio.gather(*(part.drained() for part in parts))
+    waiting = asyncio.gather(*(part.drained() for part in service.parts))
     with suppress(asyncio.TimeoutError):
         await asyncio.wait_for(waiting, service.limits.drain_s)

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import base64
+import json
+import time
 
-import torch
+import numpy as np
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
 
+from ...embedding import Text
 from ...errors import BadParameter, PromptTooLong
-from ..async_embedder import Text
+from .document import refuses
 from .schema import EmbeddingRequest
 from .service import Service
 from .sse import while_connected
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["embed"])
+    router = APIRouter(tags=["embed"], responses=refuses(400, 401, 404, 429, 503))
 
     @router.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """Vectors of texts, or of lists of token ids."""
         service.check_model(body.model)
+        begun = time.monotonic()
+        texts = _texts(body, service.limits.texts)
         encoder = service.encoder
-        texts = _texts(body)
-        most = service.limits.texts
-        if len(texts) > most:
-            raise BadParameter(f"at most {most} texts a request, got {len(texts)}")
         work = encoder.embed(texts, body.prompt_name)
         vectors, tokens, cut = await while_connected(request, work, lambda: None)
         if any(cut) and not body.truncate:
@@ -35,22 +37,33 @@ def routes(service: Service) -> APIRouter:
             )
         vectors = encoder.encoder.finish(vectors, body.normalize, body.dimensions)
         request.state.line.update(texts=len(texts), prompt_tokens=sum(tokens))
-        data = [
-            {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
-            for index, vector in enumerate(vectors)
-        ]
-        usage = {"prompt_tokens": sum(tokens), "total_tokens": sum(tokens)}
-        return JSONResponse({"object": "list", "data": data, "model": service.name, "usage": usage})
+        service.metrics.embedded(tokens, time.monotonic() - begun)
+        # beside the event loop: thousands of long vectors take seconds to write
+        reply = await run_in_threadpool(_reply, service.name, vectors.numpy(), sum(tokens), body.encoding_format)
+        return Response(reply, media_type="application/json")
 
     return router
 
 
-def _texts(body: EmbeddingRequest) -> list[Text]:
+def _texts(body: EmbeddingRequest, most: int) -> list[Text]:
     alone = isinstance(body.input, str) or isinstance(body.input[0], int)
-    return [body.input] if alone else list(body.input)  # type: ignore[list-item, arg-type]
+    texts: list[Text] = [body.input] if alone else list(body.input)  # type: ignore[list-item, arg-type]
+    if len(texts) > most:
+        raise BadParameter(f"at most {most} texts a request, got {len(texts)}")
+    if body.prompt_name is not None and not isinstance(texts[0], str):
+        raise BadParameter("prompt_name stands before texts; before token ids put the prompt's own")
+    return texts
 
 
-def _encoded(vector: torch.Tensor, form: str) -> str | list[float]:
+def _reply(model: str, vectors: np.ndarray, tokens: int, form: str) -> str:
+    data = [
+        {"object": "embedding", "index": index, "embedding": _encoded(vector, form)}
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return json.dumps({"object": "list", "data": data, "model": model, "usage": usage})
+
+
+def _encoded(vector: np.ndarray, form: str) -> str | list[float]:
     """base64: of little-endian fp32, as the OpenAI client asks for."""
-    values = vector.float().cpu().numpy()
-    return values.tolist() if form == "float" else base64.b64encode(values.astype("<f4").tobytes()).decode()
+    return vector.tolist() if form == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -14,6 +14,7 @@ from ...errors import BadParameter, PromptTooLong
 from ..llm import Request as Asked
 from ..outputs import Delta, Output
 from ..params import SamplingParams
+from .document import EVENTS, refuses
 from .replies import ChatReply, CompletionReply, Frame, Json, usage
 from .sampling import chat_params, completion_params
 from .schema import ChatRequest, CompletionRequest, Conversation
@@ -24,7 +25,7 @@ Reply = ChatReply | CompletionReply
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["generate"])
+    router = APIRouter(tags=["generate"], responses=EVENTS | refuses(400, 401, 404, 429, 503))
 
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -54,7 +55,7 @@ def routes(service: Service) -> APIRouter:
 
 def conversation(service: Service, body: Conversation) -> list[int]:
     """Token ids of a conversation. Raises BadParameter for what is not the template's to decide."""
-    tokenizer = service.llm.tokenizer
+    tokenizer = service.tokenizer
     template = body.chat_template_kwargs or {}
     taken = set(inspect.signature(tokenizer.hf.apply_chat_template).parameters) & template.keys()
     if taken:

@@ -19,9 +19,9 @@ class Limits:
     """Bounds of every request, and of all together.
 
     waiting: answers that wait while others run. prompts, n: prompts of a request, and answers to each. texts: to embed
-    in a request. prompt_tokens: of one prompt; None: what the model's context holds. body_bytes, body_s: size of a
-    request's body and seconds until it has arrived. drain_s: seconds that running requests get when the server is told
-    to end.
+    in a request. prompt_tokens: of one prompt; None: what the model's context holds. body_bytes: size of a request's
+    body; body_s: seconds until its headers have arrived, and again until its body has. drain_s: seconds that running
+    requests get when the server is told to end.
     """
 
     waiting: int = 256

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ...kernels.dispatch import FALLBACKS
-from ..accounting import weight_memory
+from ..accounting import dense_memory, weight_memory
 from ..outputs import Delta, Output
 
 if TYPE_CHECKING:
+    from ..async_embedder import AsyncEmbedder
     from ..async_engine import Answers, AsyncEngine
     from ..engine import EngineStats
+    from ..model import Decoder
 
 PREFIX = "pared:"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -28,10 +30,12 @@ TIMES = {
     "request_queue_time_seconds": "From a request's arrival until it runs.",
     "request_prefill_time_seconds": "From when a request runs to its first token.",
     "request_decode_time_seconds": "From an answer's first token to its end.",
+    "embedding_seconds": "From a request's arrival to its vectors.",
 }
 COUNTS = {
     "request_prompt_tokens": "Tokens of a prompt.",
     "request_generation_tokens": "Tokens of an answer.",
+    "embedding_tokens": "Tokens of a text that was embedded.",
     "iteration_tokens_total": "Token rows of an engine step.",
 }
 
@@ -50,6 +54,7 @@ class Metrics:
             f"{PREFIX}admission_rejections", "Requests that were not taken.", ["reason"], registry=self.registry
         )
         self._computed = 0
+        self.registry.register(_OfKernels())
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"{PREFIX}{name}", text, registry=self.registry, buckets=buckets)
@@ -60,6 +65,25 @@ class Metrics:
     def show_engine(self, engine: AsyncEngine) -> None:
         """Have the engine's own counts among the metrics."""
         self.registry.register(_OfEngine(engine))
+
+    def show_embedder(self, embedder: AsyncEmbedder) -> None:
+        """Have the texts that wait for their vectors among the metrics."""
+        self._gauge("num_texts_waiting", "Texts that wait for their vectors.", lambda: embedder.waiting)
+
+    def show_weights(self, decoder: Decoder) -> None:
+        """Have the model's memory among the metrics."""
+        held, dense = weight_memory(decoder), dense_memory(decoder)
+        self._gauge("weights_bytes", "Bytes of the model's weights in memory.", lambda: held)
+        self._gauge("weights_dense_bytes", "Bytes of the same weights when dense.", lambda: dense)
+
+    def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        Gauge(f"{PREFIX}{name}", text, registry=self.registry).set_function(read)
+
+    def embedded(self, tokens: Sequence[int], seconds: float) -> None:
+        """Note a request for vectors: the tokens of each text, and how long it took."""
+        self._times["embedding_seconds"].observe(seconds)
+        for count in tokens:
+            self._counts["embedding_tokens"].observe(count)
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
@@ -80,6 +104,7 @@ class Metrics:
         line.update(output_tokens=0, cached_tokens=0)
         async for place, delta in answers:
             self._note(clocks[place, delta.index], delta)
+            line.setdefault("first_token_seconds", round(time.monotonic() - arrived, 4))
             line["output_tokens"] += len(delta.token_ids)
             if delta.finish_reason is not None:
                 line["finish"].append(delta.finish_reason)
@@ -122,7 +147,6 @@ class _OfEngine:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._weights = weight_memory(engine.llm.model)
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats
@@ -133,7 +157,6 @@ class _OfEngine:
                 "Share of KV blocks in use, 1 is all.",
                 stats.kv_blocks_used / stats.kv_blocks_total,
             ),
-            "weights_bytes": ("Bytes of the model's weights in memory.", self._weights),
         }
         counters = {
             "num_preemptions": ("Sequences that gave their KV blocks back.", stats.preemptions),
@@ -146,6 +169,12 @@ class _OfEngine:
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(PREFIX + name, text, value=value)
+
+
+class _OfKernels:
+    """Reads what kernels counted when it is asked for."""
+
+    def collect(self) -> Iterator[Metric]:
         fallbacks = CounterMetricFamily(f"{PREFIX}kernel_fallback", "Slower paths taken.", labels=["op", "reason"])
         for labels, count in list(FALLBACKS.items()):
             fallbacks.add_metric(labels, count)

@@ -16,9 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .limits import Keys
 from .refusals import Refused
+from .tracing import Spans
 
 OPEN = frozenset(("/", "/health", "/ready", "/metrics"))
 """Paths that need no key: load balancers and scrapers ask them, and the page is where a browser's user gives one."""
+MOST_HEADERS = 256
 _GOOD_ID = re.compile(r"[\w.:-]{1,64}")
 
 log = logging.getLogger("pared.server")
@@ -30,8 +32,9 @@ class Traced:
     Endpoints add what is worth a line to request.state.line; texts never are.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, spans: Spans | None = None) -> None:
         self.app = app
+        self.spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,6 +58,8 @@ class Traced:
             line["seconds"] = round(time.monotonic() - begun, 4)
             quiet = scope["path"] in OPEN and line["status"] == 200
             log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"line": line})
+            if self.spans is not None and not quiet:
+                self.spans.tell(Headers(scope=scope), line)
 
 
 class Guarded:
@@ -74,7 +79,7 @@ class Guarded:
 
 
 class Bounded:
-    """Takes a body in whole before anything is done about it, unless it is too large or too slow."""
+    """Takes a body in whole before anything is done about it; refuses what is too large, too slow, or all headers."""
 
     def __init__(self, app: ASGIApp, body_bytes: int, body_s: float) -> None:
         self.app = app
@@ -86,6 +91,8 @@ class Bounded:
             await self.app(scope, receive, send)
             return
         try:
+            if len(scope["headers"]) > MOST_HEADERS:
+                raise Refused(431, f"at most {MOST_HEADERS} headers a request, got {len(scope['headers'])}")
             body = await asyncio.wait_for(self._body(receive), self.body_s)
         except asyncio.TimeoutError:
             await Refused(408, f"the body did not arrive within {self.body_s:g} s").response()(scope, receive, send)

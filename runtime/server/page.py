@@ -15,6 +15,7 @@ from fastapi import APIRouter
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from ... import __version__
+from .document import refuses
 from .service import Service
 
 _WEB = Path(__file__).resolve().parent / "web"
@@ -46,7 +47,7 @@ def routes(service: Service) -> APIRouter:
         """For browsers."""
         return page()
 
-    @router.get("/info")
+    @router.get("/info", responses=refuses(401))
     async def info() -> Response:
         """The model, how it was converted, and what is stored of it: what `pared inspect` shows."""
         return JSONResponse(about(service))

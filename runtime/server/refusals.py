@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -54,8 +55,16 @@ log = logging.getLogger("pared.server")
 class Refused(Exception):
     """A request that is answered by an error. `param` names the field that is at fault."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
+        self._more = dict(headers or {})
         self.status, self.message, self.code, self.param = status, message, code, param
 
     @property
@@ -67,7 +76,7 @@ class Refused(Exception):
     @property
     def headers(self) -> dict[str, str]:
         extra = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
-        return extra.get(self.status, {})
+        return extra.get(self.status, {}) | self._more
 
     def response(self) -> Response:
         """ASCII, as the message may hold what a client sent."""
@@ -89,7 +98,7 @@ def refusal(error: Exception) -> Refused:
     if isinstance(error, EngineError):
         return Refused(503, str(error), "engine_failed")
     if isinstance(error, HTTPException):
-        return Refused(error.status_code, f"{error.detail}")
+        return Refused(error.status_code, f"{error.detail}", headers=error.headers)
     log.error("a request failed", exc_info=error)
     return Refused(500, "the server failed to answer this request; its log says why", "internal_error")
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
-from ..async_engine import AsyncEngine
-from ..llm import LLM
 from . import app as application
-from .limits import Keys, Limits, read_keys
+from .limits import Keys, read_keys
 from .logs import configure
-from .metrics import Metrics
+from .protocol import PatientProtocol
 from .service import Service
 
 log = logging.getLogger("pared.server")
@@ -51,20 +50,23 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def service_of(llm: LLM, name: str, limits: Limits) -> Service:
-    """A model that generates, under its name."""
-    metrics = Metrics()
-    engine = AsyncEngine(llm, limits.waiting, metrics.step)
-    metrics.show_engine(engine)
-    return Service(name, metrics, limits, generator=engine)
-
-
 def serve(service: Service, binding: Binding, key_file: Path | None, log_level: str) -> None:
     """Serve until a signal comes."""
     configure(log_level)
     keys = Keys(read_keys(key_file))
-    config = uvicorn.Config(
-        application.create_app(service, keys),
+    where = str(binding.socket) if binding.socket else f"{binding.host}:{binding.port}"
+    line = {"model": service.name, "at": where, "keys": len(keys), "limits": asdict(service.limits)}
+    if service.generator is not None:  # what a request gets that asks for nothing else
+        line["sampling"] = asdict(service.llm.default_params)
+    log.info("serving", extra={"line": line})
+    Server(configuration(application.create_app(service, keys), binding)).run()
+
+
+def configuration(app: FastAPI, binding: Binding) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(
+        app,
+        http=PatientProtocol,
         host=binding.host,
         port=binding.port,
         uds=str(binding.socket) if binding.socket else None,
@@ -76,9 +78,3 @@ def serve(service: Service, binding: Binding, key_file: Path | None, log_level: 
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    where = str(binding.socket) if binding.socket else f"{binding.host}:{binding.port}"
-    line = {"model": service.name, "at": where, "keys": len(keys), "limits": asdict(service.limits)}
-    if service.generator is not None:  # what a request gets that asks for nothing else
-        line["sampling"] = asdict(service.llm.default_params)
-    log.info("serving", extra={"line": line})
-    Server(config).run()

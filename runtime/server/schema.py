@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..params import MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_STRINGS
+from ..params import MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_STRINGS, REPETITION
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
@@ -70,7 +70,7 @@ class Sampled(Body):
     ignore_eos: bool = False
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=REPETITION[0], le=REPETITION[1])
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -12,14 +12,18 @@ if TYPE_CHECKING:
     from ..async_embedder import AsyncEmbedder
     from ..async_engine import AsyncEngine
     from ..llm import LLM
+    from ..model import Decoder
+    from ..text import Tokenizer
     from .metrics import Metrics
+    from .tracing import Spans
 
 
 @dataclass
 class Service:
     """A model under its name: an engine that generates, an encoder that embeds, or both.
 
-    ready: warmed up, and not about to end. folder: what `pared inspect` knows of the model's folder, for the page.
+    decoder: the model itself, for what is told of it. spans: where requests are traced, if anywhere. ready: warmed up,
+    and not about to end. folder: what `pared inspect` knows of the model's folder, for the page.
     """
 
     name: str
@@ -27,6 +31,8 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     generator: AsyncEngine | None = None
     embedder: AsyncEmbedder | None = None
+    decoder: Decoder | None = None
+    spans: Spans | None = None
     ready: bool = False
     folder: dict[str, Any] = field(default_factory=dict)
 
@@ -47,6 +53,21 @@ class Service:
     @property
     def llm(self) -> LLM:
         return self.engine.llm
+
+    @property
+    def parts(self) -> list[AsyncEngine | AsyncEmbedder]:
+        """What runs: the engine, the encoder, or both."""
+        return [part for part in (self.generator, self.embedder) if part is not None]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, to be used through `beside` of the first part."""
+        return self.llm.tokenizer if self.generator is not None else self.encoder.encoder.tokenizer
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its answer, or a text to embed, may have."""
+        return self.llm.context if self.generator is not None else self.encoder.encoder.max_length
 
     def check_model(self, name: str | None) -> None:
         """Raises Refused for a model that is not served here; None is the one that is."""

@@ -26,7 +26,7 @@ from pared.runtime.server.service import Service
 from pared.tests import browser as chromium
 from pared.tests.browser import Tab
 from pared.tests.serving import serving
-from pared.tests.test_server_operations import Counting
+from pared.tests.test_server_embeddings import Counting
 
 NAME = "<img src=x onerror=alert(1)>"
 """Of the model: nothing that a folder says may become markup."""

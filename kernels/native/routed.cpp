@@ -65,7 +65,7 @@ struct RoutedCall final : Call {
 
     i64 element() const { return element_bytes(dtype); }
     i64 pieces() const { return least(UP_PIECES, a.groups); }
-    int useful_threads(int threads) const override { return ::useful_threads(a.groups * (a.rows() * a.k + a.down_weights()) * element(), threads); }
+    int useful_threads(int threads) const override { return ::useful_threads(a.groups * (a.rows() * a.k + a.down_weights()) * element(), a.m, threads); }
 
     void lay_out(Scratch& scratch) override {
         a.logits = scratch.take<float>(a.m * a.groups * 4);
@@ -166,7 +166,7 @@ struct RouteCall final : Call {
     RouteCall(int level, int dtype, const Linear& router) : router(router), rows(fp32_rows_of(level, dtype)) {}
 
     i64 bytes() const { return router.n * router.k * 4; }
-    int useful_threads(int threads) const override { return ::useful_threads(router.m * bytes(), threads); }
+    int useful_threads(int threads) const override { return ::useful_threads(bytes(), router.m, threads); }
     Span enqueue(Queue& queue, Span after) override {
         return queue.add(*this, 0, router.n, rows_per_chunk(4 * router.k, router.n, queue.threads), after);
     }

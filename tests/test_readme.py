@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pared import convert
 from pared.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,13 +65,15 @@ def test_every_command_is_shown() -> None:
 
 def test_the_python_examples_run(here: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(tiny_folder, here / "smollm2")
+    convert("checkpoint", "encoder", methods=["l3prune:keep=1"])
     examples = blocks("python")
     for example in examples:
         exec(compile(example, "README.md", "exec"), {"__name__": "example"})
     printed = capsys.readouterr().out
     assert printed.count("->") == 2
     assert "--overwrite" in printed
-    assert len(examples) == 3
+    assert "(2, " in printed
+    assert len(examples) == 4
 
 
 def test_make_targets_that_the_readme_names_exist() -> None:

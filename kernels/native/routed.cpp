@@ -32,9 +32,6 @@ static Down down_of_bf16(int, bool) { return scalar::down<bf16>; }
 #define WIDEST_OF(level, dtype, name) \
     (dtype == BF16 ? WIDEST(level, name<bf16>) : dtype == FP16 ? WIDEST(level, name<fp16>) : WIDEST(level, name<float>))
 
-#ifdef PROFILE
-extern "C" { unsigned long long prof[8]; }
-#endif
 namespace {
 
 constexpr i64 UP_PIECES = 32, DOWN_BLOCKS = 32;  // pieces of the list; blocks of outputs in a piece, at most
@@ -65,7 +62,9 @@ struct RoutedCall final : Call {
 
     i64 element() const { return element_bytes(dtype); }
     i64 pieces() const { return least(UP_PIECES, a.groups); }
-    int useful_threads(int threads) const override { return ::useful_threads(a.groups * (a.rows() * a.k + a.down_weights()) * element(), a.m, threads); }
+    int useful_threads(int threads) const override {
+        return ::useful_threads(a.groups * (a.rows() * a.k + a.down_weights()) * element(), a.m, threads);
+    }
 
     void lay_out(Scratch& scratch) override {
         a.logits = scratch.take<float>(a.m * a.groups * 4);
@@ -90,9 +89,6 @@ struct RoutedCall final : Call {
     }
 
     void run(int step, i64 begin, i64 end) const override {
-#ifdef PROFILE
-        struct At { int s; unsigned long long t=__rdtsc(); ~At(){ __atomic_fetch_add(&prof[s], __rdtsc()-t, __ATOMIC_RELAXED);} } at{step};
-#endif
         switch (step) {
             case PACK: return pack(a.x, a.k, nullptr, a.m, a.k, const_cast<u32*>(up.packed), begin, end);
             case ROUTE: return router_rows(router, begin, end);
@@ -184,13 +180,13 @@ extern "C" void pared_route(int level, int dtype, int threads, const void* x, co
 }
 
 extern "C" void pared_routed_ffn(int level, int dtype, int threads, const void* x, const void* ins, const void* downs,
-                                 const float* router,
-                                 const void* gate_bias, const void* up_bias, const void* down_bias, const i64* awake,
-                                 i64* counts, void* y, int gated, int kind, i64 m, i64 k, i64 groups, i64 size,
-                                 float threshold) {
+                                 const float* router, const void* gate_bias, const void* up_bias,
+                                 const void* down_bias, const i64* awake, i64* counts, void* y, int gated, int kind,
+                                 i64 m, i64 k, i64 groups, i64 size, float threshold) {
     if (!m) return;
     Routed a{};
-    a.x = x, a.ins = ins, a.downs = downs, a.router = router, a.gate_bias = gate_bias, a.up_bias = up_bias, a.down_bias = down_bias;
+    a.x = x, a.ins = ins, a.downs = downs, a.router = router;
+    a.gate_bias = gate_bias, a.up_bias = up_bias, a.down_bias = down_bias;
     a.awake = awake, a.counts = counts, a.y = y, a.m = m, a.k = k, a.groups = groups, a.size = size;
     a.gated = gated != 0, a.kind = kind, a.threshold = threshold;
     submit(RoutedCall(level, dtype, a), threads);

@@ -84,8 +84,11 @@ def _body(prompt: Prompt, tokens: int) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
 
 
-def measure(llm: LLM, tokens: Prompt, rounds: int, long_tokens: int = LONG_TOKENS) -> dict[str, Any]:
-    """Serve the model and measure both. tokens: of a text long enough for all prompts. Raises Disagreement."""
+def measure(served: LLM, offline: LLM, tokens: Prompt, rounds: int, long_tokens: int = LONG_TOKENS) -> dict[str, Any]:
+    """Serve a model and measure both. tokens: of a text long enough for all prompts. Raises Disagreement.
+
+    offline: the same model once more, as the server's own thread takes up whatever its engine is given.
+    """
     shorts = [tokens[i * SHORT_TOKENS : (i + 1) * SHORT_TOKENS] for i in range(ALONE)]
     long = tokens[-long_tokens:]
     prompts = [tokens[i * PROMPT_TOKENS : (i + 1) * PROMPT_TOKENS] for i in range(CLIENTS)]
@@ -93,9 +96,9 @@ def measure(llm: LLM, tokens: Prompt, rounds: int, long_tokens: int = LONG_TOKEN
     async def run(address: str) -> dict[str, Any]:
         async with httpx.AsyncClient(base_url=address, timeout=600) as http:
             asking = Asking(http)
-            return {**await _batching(asking, llm, prompts, rounds), **await _waiting(asking, shorts, long, llm)}
+            return {**await _batching(asking, offline, prompts, rounds), **await _waiting(asking, shorts, long, served)}
 
-    with serving(service_of(llm, "model", Limits())) as address:
+    with serving(service_of(served, "model", Limits())) as address:
         return asyncio.run(run(address))
 
 
@@ -177,9 +180,9 @@ def main() -> None:
     given = parser.parse_args()
     from .data import boolq_passages, corpus
 
-    llm = LLM(given.folder, dtype=given.dtype)
-    tokens = llm.tokenizer.encode(corpus(boolq_passages("dev")[:100]))
-    result = record.circumstances() | {"dtype": given.dtype} | measure(llm, tokens, given.rounds)
+    served, offline = (LLM(given.folder, dtype=given.dtype) for _ in range(2))
+    tokens = served.tokenizer.encode(corpus(boolq_passages("dev")[:100]))
+    result = record.circumstances() | {"dtype": given.dtype} | measure(served, offline, tokens, given.rounds)
     result["fallbacks"] = {" ".join(key): count for key, count in FALLBACKS.items()}
     print_table(f"{given.folder.name} in {given.dtype}, served", ("what", "measured"), lines(result))
     print(f"written to {record.write(f'serve_batching_{given.dtype}', result)}")

@@ -32,9 +32,9 @@ def test_a_short_load_leaves_nothing_behind(tiny_folder: Path) -> None:
 
 
 def test_batching_is_measured_on_answers_that_agree(tiny_folder: Path) -> None:
-    llm = LLM(tiny_folder, device="cpu", max_batch=16, chunk=32, num_blocks=400, page=8)
+    served, offline = (LLM(tiny_folder, device="cpu", max_batch=16, chunk=32, num_blocks=400, page=8) for _ in range(2))
     tokens = [random.Random(0).randrange(256) for _ in range(1200)]
-    result = serve_batching.measure(llm, tokens, rounds=2, long_tokens=240)
+    result = serve_batching.measure(served, offline, tokens, rounds=2, long_tokens=240)
     assert result["same_answers"] == 1 and result["short_beside_count"] > 0
     assert result["chunk_s"] == result["long_s"] / 8
     rates = {who: quartiles[1] for who, quartiles in result["tokens_per_second"].items()}

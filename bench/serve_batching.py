@@ -63,17 +63,21 @@ class Asking:
         return [await self.first_token(prompt) for prompt in prompts], await self.first_token(long)
 
     async def beside(self, prompts: Sequence[Prompt], long: Prompt, gap: float) -> list[float]:
-        """The same of short prompts that come, `gap` seconds apart on average, while the long one is read."""
-        rng, found, number = random.Random(0), list[float](), 0
-        reading = asyncio.create_task(self.first_token(long))
-        while True:
-            await asyncio.sleep(rng.uniform(0, 2 * gap))
-            seconds = await self.first_token(prompts[number % len(prompts)])
-            if reading.done():  # the end of it was for nobody else
-                await reading
-                return found
-            found.append(seconds)
-            number += 1
+        """The same of short prompts that come, `gap` seconds apart on average, while the long one is read.
+
+        It is read again until there are as many as there are prompts.
+        """
+        rng, found = random.Random(0), list[float]()
+        while len(found) < len(prompts):
+            reading = asyncio.create_task(self.first_token(long))
+            while True:
+                await asyncio.sleep(rng.uniform(0, 2 * gap))
+                seconds = await self.first_token(prompts[len(found) % len(prompts)])
+                if reading.done():  # the end of it was for nobody else
+                    break
+                found.append(seconds)
+            await reading
+        return found
 
     async def _whole(self, prompt: Prompt, tokens: int) -> list[int]:
         reply = await self.http.post("/v1/completions", json=_body(prompt, tokens))

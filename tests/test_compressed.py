@@ -211,7 +211,7 @@ MANIFEST = {
     "a newer version of the format": (
         lambda m: unit_of(m, Q.format(1)).update(version=2),
         errors.UnknownVersion,
-        r"stored as shared_basis version 2, .*shared_basis 1, int8 1, two_four 1, bitmap 1, routed_ffn 1; install a newer pared",
+        r"stored as shared_basis version 2, .*shared_basis 1, int8 1, two_four 1, bitmap 1, routed_ffn 1; install",
     ),
     "a format that is not there": (
         lambda m: unit_of(m, Q.format(1)).update(format="wavelets"),

@@ -14,23 +14,22 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-TESTED = (
-    "test_formats.py",
-    "test_dense.py",
-    "test_shared_basis.py",
-    "test_attention.py",
-    "test_fused.py",
-    "interpreted_tiles.py",
-    "interpreted_routed.py",
-    "test_peers.py",
-    "test_model.py::test_prefill_of_a_mixed_batch[mistral-window]",
-    "test_model.py::test_prefill_of_a_mixed_batch[gpt2]",
-    "test_embed.py::test_two_texts_packed",
-)
+TESTED = {
+    "formats": ("test_formats.py",),
+    "linears": ("test_dense.py", "test_shared_basis.py", "interpreted_tiles.py", "test_peers.py"),
+    "routed": ("interpreted_routed.py",),
+    "others": ("test_attention.py", "test_fused.py"),
+    "models": (
+        "test_model.py::test_prefill_of_a_mixed_batch[mistral-window]",
+        "test_model.py::test_prefill_of_a_mixed_batch[gpt2]",
+        "test_embed.py::test_two_texts_packed",
+    ),
+}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_every_kernel_test_passes_in_the_interpreter():
+@pytest.mark.parametrize("tested", TESTED.values(), ids=TESTED)
+def test_every_kernel_test_passes_in_the_interpreter(tested):
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     harmless = ("Conversion of an array with ndim > 0:DeprecationWarning", "overflow encountered in exp:RuntimeWarning")
@@ -38,7 +37,7 @@ def test_every_kernel_test_passes_in_the_interpreter():
     plugins = ["-p", "interpreter_bf16", "-p", "no:cacheprovider"]
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", *plugins, *options]
     run = subprocess.run(
-        [*command, *(str(TESTS / name) for name in TESTED)],
+        [*command, *(str(TESTS / name) for name in tested)],
         env=environment,
         cwd=TESTS.parent,
         capture_output=True,

@@ -119,7 +119,7 @@ next 64, which is paid for by then. Memory for the scratch: one layer's largest 
 ROUTED_WAKE: dict[str, tuple[Tile, ...]] = {
     "default": (
         Tile(1, 8, 512, warps=4, stages=1),
-        Tile(16, 32, 128, warps=4, stages=4),
+        Tile(16, 32, 64, warps=4, stages=6),
         Tile(64, 32, 64, warps=4, stages=4),
         Tile(128, 64, 64, warps=8, stages=3),
     ),

@@ -57,7 +57,7 @@ def test_list_tells_what_each_op_runs_here() -> None:
     assert {"paged_attention", "rotary_cache", "gated_act"} <= {name for name, op in ops.items() if op["here"]}
     assert ops["rms_norm"]["native"] and not ops["rms_norm"]["formats"]
     if importlib.util.find_spec("triton"):
-        arounds = {"linear_around", "basis_linear_around", "bitmap_linear_around", "two_four_linear_around"}
+        arounds = {f"{form}linear_around" for form in ("", "basis_", "bitmap_", "two_four_")} | {"routed_ffn_around"}
         assert on_gpus == arounds | {"decode"}
         assert ops["linear_around"]["formats"] == ["dense"]
         assert ops["decode"]["triton"] == ["_attend_split", "_merge"]

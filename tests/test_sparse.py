@@ -346,6 +346,17 @@ def test_many_rows_meet_a_weight_that_is_made_dense_part_by_part(dtype: torch.dt
 
 
 @native
+@pytest.mark.parametrize("n, k", [(33, 64), (100, 100), (65, 2048)])
+def test_many_rows_get_the_bits_of_few(n: int, k: int) -> None:
+    weight, x = weight_of("half", n, k), random(130, k, dtype=torch.bfloat16, seed=2)
+    prepared = bitmap.prepare(bitmap.encode(unit_of(weight)), "cpu")
+    few = torch.cat([bitmap.apply(part, prepared, "a.b") for part in x.split(16)])
+    rows = library.load().sparse_rows(x.dtype)
+    for m in (m for m in (33, 65, 130) if m <= rows):
+        assert torch.equal(bitmap.apply(x[:m], prepared, "a.b"), few[:m])
+
+
+@native
 def test_a_matrix_of_zeros_has_no_values(monkeypatch) -> None:
     packed = bitmap.encode(unit_of(torch.zeros(20, 64, dtype=torch.bfloat16)))
     assert packed.tensors["values"].numel() == 0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Dtype, Folder, JsonOption
 from .terminal import print_json, print_table
+
+if TYPE_CHECKING:
+    from .reports import Sleep
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -96,8 +99,21 @@ def inspect(
     of_bases, of_zeros = ("rank", "groups") * shared, ("weights",) * remarkable
     columns = ("kind", "format", "count", "shapes", *of_bases, *of_zeros, "dense", "compact")
     print_table(f"{path} ({report.family})", columns, rows)
+    if report.sleep:
+        print(_asleep(report.sleep))
     where = "every engine loads it" if report.stock else "compressed: pared loads it"
     print(f"{readable(report.disk_bytes)} on disk, {where}" + (", every file is as it was written" if verify else ""))
+
+
+def _asleep(sleep: Sleep) -> str:
+    from .reports import readable
+
+    shares = list(sleep.layers.values())
+    layers = ", ".join(f"{layer}: {100 * share:.0f}" for layer, share in sleep.layers.items())
+    return (
+        f"on {sleep.text} a token left out {100 * sum(shares) / len(shares):.1f} % of the groups, "
+        f"{readable(sleep.saved_bytes)} of weights; by layer, in percent: {layers}"
+    )
 
 
 def _shapes(shapes: dict[str, int]) -> str:

@@ -135,6 +135,7 @@ class FolderReport:
     kinds: list[Kind]
     disk_bytes: int
     provenance: dict[str, Any]
+    sleep: Sleep | None = None
 
     @property
     def total(self) -> Kind:
@@ -146,6 +147,18 @@ class FolderReport:
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self) | {"total": asdict(self.total)}
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """What a token leaves out of a model with routed FFNs, as its conversion found on windows of a text.
+
+    layers: layer -> share of its groups. saved_bytes: of weights, for a token that is decoded alone.
+    """
+
+    text: str
+    layers: dict[str, float]
+    saved_bytes: int
 
 
 def folder_report(folder: Folder) -> FolderReport:
@@ -183,7 +196,26 @@ def folder_report(folder: Folder) -> FolderReport:
         add(_kind(name.rpartition(".")[0]), list(manifest.tensors[name].shape), size, size)
     disk = sum(file.stat().st_size for file in folder.path.iterdir() if file.is_file())
     family = str(folder.config.get("model_type"))
-    return FolderReport(str(folder.path), family, folder.stock, list(kinds.values()), disk, manifest.provenance)
+    told = (manifest.provenance, _sleep(folder))
+    return FolderReport(str(folder.path), family, folder.stock, list(kinds.values()), disk, *told)
+
+
+def _sleep(folder: Folder) -> Sleep | None:
+    """None where FFNs are not routed, or nobody has said how often they sleep."""
+    routed = [unit for unit in folder.manifest.units if "router" in unit.tensors]
+    sizes = {_layer(next(iter(u.modules))): _bytes(folder.manifest.tensors[u.tensors["groups"]]) for u in routed}
+    for method in folder.manifest.provenance.get("methods", ()):
+        if method["name"] == "lte" and routed:
+            shares = {_layer(path): share for path, share in method["result"]["layers"].items()}
+            saved = sum(share * sizes[layer] for layer, share in shares.items())
+            return Sleep(method["calibration"]["name"], shares, round(saved))
+    return None
+
+
+def _layer(path: str) -> str:
+    """The number of the layer in a module path, "" where there is none."""
+    found = re.search(r"\.(\d+)\.", path)
+    return found.group(1) if found else ""
 
 
 def _form(folder: Folder, unit: UnitEntry) -> tuple[str, int]:

@@ -145,7 +145,7 @@ def transformers_perplexity(folder: Path, text: str) -> float:
     from ..runtime.text import Tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Transformers(folder, torch.bfloat16, device).model
+    model = Transformers.load(folder, torch.bfloat16, device).model
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

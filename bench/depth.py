@@ -106,7 +106,7 @@ def speeds(orders: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
     sides = [Pared(LLM(path), name) for name, path in paths.items()]
     prompt = sides[0].llm.tokenizer.encode(corpus(boolq_passages("dev")[:40]))[:PROMPT_TOKENS]
     for side in sides:
-        check(side, Transformers(paths[side.name], torch.bfloat16, side.llm.model.device), prompt, NEW_TOKENS)
+        check(side, Transformers.load(paths[side.name], torch.bfloat16, side.llm.model.device), prompt, NEW_TOKENS)
     timed = dict(zip(paths, in_turns(sides, prompt, NEW_TOKENS, ROUNDS), strict=True))
     flops = {side.name: prefill_flops(side.llm.model.spec, len(prompt)) for side in sides}
     rates = {name: [one.rate for one in answers] for name, answers in timed.items()}

@@ -50,7 +50,7 @@ def compare(
 
     llm = LLM(path, dtype=dtype)
     ours = Pared(llm, "pared")
-    prompt, origin = _prompt(llm, prompt_tokens)
+    prompt, origin = prompt_of(llm, prompt_tokens)
     with contextlib.ExitStack() as stack:
         theirs = stack.enter_context(_opened(against, path, llm, prompt_tokens + new_tokens))
         agreement = check(ours, theirs, prompt, new_tokens)
@@ -125,7 +125,7 @@ def _opened(against: str, path: Path, llm: Any, context: int) -> Iterator[Side]:
 
     kind, threads = against.removeprefix(LLAMA_CPP).removeprefix(":") or "bf16", torch.get_num_threads()
     if against == TRANSFORMERS:
-        yield Transformers(path, llm.model.dtype, llm.model.device)
+        yield Transformers.load(path, llm.model.dtype, llm.model.device)
     elif against.startswith(LLAMA_CPP) and kind in KINDS:
         with tempfile.TemporaryDirectory(prefix="pared-") as folder:
             write_gguf(export(path, Path(folder) / "dense", progress=False), Path(folder) / "model.gguf", kind)
@@ -190,7 +190,7 @@ def _gap(llm: Any, prompt: list[int], own: int, other: int) -> float:
     return float(found[own] - found[other]) if other in found else float("inf")
 
 
-def _prompt(llm: Any, count: int) -> tuple[list[int], str]:
+def prompt_of(llm: Any, count: int) -> tuple[list[int], str]:
     """`count` tokens: real prose where the texts are in reach, else seeded random ids."""
     import torch
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from ..kernels.dispatch import set_threads
 from ..terminal import print_table
-from .quality import LENGTH, ROOT, WINDOWS, calibration, chosen, fresh, perplexity, source
+from .quality import LENGTH, ROOT, WINDOWS, as_folder, calibration, chosen, fresh, perplexity
 from .tables import Table
 
 RESULTS = ROOT / "bench" / "results" / "quality_pruning"
@@ -179,22 +178,13 @@ def perplexities(model: Any) -> dict[str, float]:
 
 def accuracies(model: Any) -> dict[str, float]:
     """On every task, of the model packed and loaded as a folder in bf16."""
-    import torch
-
-    from ..compact_writer import FolderWriter
-    from ..converters.modelling import as_source
-    from ..converters.pack import pack
     from ..harness import multiple_choice
     from ..runtime.loader import load
     from ..runtime.text import Tokenizer
     from .data import TASKS as folder_of_tasks
 
-    ask, packed = multiple_choice(TASKS, folder_of_tasks, QUESTIONS, progress=True), as_source(model, source())
-    with tempfile.TemporaryDirectory(dir=WORK) as place:
-        with FolderWriter(Path(place) / "model", resume_key="") as writer:
-            pack(packed, writer, torch.bfloat16)
-            writer.finish(packed.config | {"dtype": "bfloat16"}, {}, packed.files)
-            folder = writer.publish()
+    ask = multiple_choice(TASKS, folder_of_tasks, QUESTIONS, progress=True)
+    with as_folder(model) as folder:
         found = ask(load(folder, "cpu"), Tokenizer(folder))
     return {task: found[f"{task} norm"] for task in TASKS}
 

@@ -7,8 +7,10 @@ and training read BoolQ "train" passages, perplexity BoolQ "dev" passages: no pa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -223,6 +225,25 @@ def perplexity(model: Any, passages: Sequence[str] | None = None) -> float:
             return model(window[None], use_cache=False).logits[0]
 
     return of(logits, tokens.input_ids[: WINDOWS * LENGTH], LENGTH, progress=True)
+
+
+@contextlib.contextmanager
+def as_folder(model: Any) -> Iterator[Path]:
+    """The model as a compact folder in bf16, which is there as long as this is open."""
+    import torch
+
+    from ..compact_writer import FolderWriter
+    from ..converters.modelling import as_source
+    from ..converters.pack import pack
+
+    packed = as_source(model, source())
+    WORK.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORK) as place:
+        with FolderWriter(Path(place) / "model", resume_key="") as writer:
+            pack(packed, writer, torch.bfloat16, progress=False)
+            writer.finish(packed.config | {"dtype": "bfloat16"}, {}, packed.files)
+            folder = writer.publish()
+        yield folder
 
 
 @cache

@@ -8,6 +8,7 @@ two of them.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,6 +164,15 @@ def trained(setting: Setting) -> tuple[Any, Any]:
     lte.search(model, calibration(), record, params(setting))
     lte.apply(model, record)
     return model, record
+
+
+def settings_trained() -> dict[str, Setting]:
+    """The settings whose training is done, by name. Exits where there is none."""
+    from ..converters.record import Record
+
+    there = [setting for setting in SETTINGS if (WORK / setting.name).exists()]
+    found = {setting.name: setting for setting in there if Record(WORK / setting.name).holds("trained")}
+    return found or sys.exit(f"no row is trained in {WORK}; python -m pared.bench.routed trains them")
 
 
 def params(setting: Setting) -> Any:

@@ -50,17 +50,24 @@ class Pared:
 
 
 class Transformers:
-    """The same folder through transformers' generate."""
+    """The same weights through transformers' generate."""
 
     name, same_weights = "transformers", True
 
-    def __init__(self, path: Path, dtype: Any, device: Any) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
+    def __init__(self, model: Any) -> None:
+        from transformers import GenerationConfig
+
+        self.model = model.eval()
+        self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+
+    @classmethod
+    def load(cls, path: Path, dtype: Any, device: Any) -> Transformers:
+        """The model of a compact folder."""
+        from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
-        self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+        return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device))
 
     def once(self, prompt: list[int], new_tokens: int) -> Timed:
         import torch

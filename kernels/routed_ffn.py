@@ -218,6 +218,13 @@ def apply_around(
     return _AROUND(x, weights, downs, biases, router, counts, *prepared.ints, *prepared.floats, *given)
 
 
+def decisions(x: Tensor, prepared: Prepared) -> Tensor:
+    """bool [M, G]: the groups that `apply` wakes on a CPU for the rows of x [M, K]."""
+    router = prepared.tensors[-2]
+    assert router is not None
+    return _decide_on_cpu(x, router, *prepared.floats, None)
+
+
 def groups_of(prepared: Prepared) -> int:
     """How many groups a prepared unit has."""
     router = prepared.tensors[-2]

@@ -87,7 +87,7 @@ def test_questions_are_asked_of_the_packed_model(smollm2_gguf, tmp_path, monkeyp
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     if not TEXTS_WHEEL.exists():
         pytest.skip("the texts are not in .data/; `make test` fetches them")
-    monkeypatch.setattr(pruning, "WORK", tmp_path)
+    monkeypatch.setattr(quality, "WORK", tmp_path)
     monkeypatch.setattr(pruning, "QUESTIONS", 4)
     found = pruning.accuracies(quality.fresh())
     assert set(found) == set(pruning.TASKS)

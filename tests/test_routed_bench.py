@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -10,11 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from pared.bench import plots, routed
+from pared.bench import plots, quality, routed, routed_decisions, routed_decode
+from pared.bench.end_to_end import Disagreement
 from pared.converters.calibration import Calibration
 from pared.converters.record import Record
 from pared.converters.routed import RoutedMlp
 from pared.converters.routed import routed as routed_ffns
+from pared.converters.sources.detect import open_source
+from pared.errors import KernelError
+from pared.kernels import routed_ffn
+from pared.runtime.llm import LLM
+from pared.runtime.params import SamplingParams
 from pared.tests import tiny
 from pared.tests.test_pruning import Words
 
@@ -114,3 +121,93 @@ def test_the_oracle_keeps_the_groups_of_each_token_that_add_the_most(small):
     assert module.shares.argmax(1).tolist() == parts.argmax(0).tolist()
     assert module.shares.sum(1).tolist() == [1] * 6
     assert len(set(module.shares.argmax(1).tolist())) > 1
+
+
+# --- what runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packable(small, monkeypatch) -> Path:
+    """The same, with all that it takes to make folders of its models."""
+    monkeypatch.setattr(routed, "TRAINING", routed.TRAINING | {"tokens": 128})
+    source = open_source(tiny.checkpoint(small / "source"))
+    monkeypatch.setattr(quality, "source", lambda: source)
+    monkeypatch.setattr(quality, "WORK", small / "work")
+    monkeypatch.setattr(routed_decisions, "calibration", routed.calibration)
+    monkeypatch.setattr(routed_decisions, "LENGTH", 16)
+    monkeypatch.setattr(routed_decisions, "WAYS", {"one by one": 1, "chunks": 5, "at once": 16})
+    table = replace(routed_decisions.TABLE, path=small / "results" / "routed_decisions")
+    monkeypatch.setattr(routed_decisions, "TABLE", table)
+    return small
+
+
+def test_decisions_are_compared_for_every_row_that_is_trained(packable, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["routed_decisions"])
+    with pytest.raises(SystemExit, match=r"no row is trained in .*; python -m pared\.bench\.routed trains them"):
+        routed_decisions.main()
+    routed.trained(routed.SETTINGS[1])
+    routed_decisions.main()
+    (row,) = routed_decisions.TABLE.load()["rows"].values()
+    assert row["decisions"] == 4 * 16 * 2 * 3
+    assert row["ways"]["at once"]["equal"] == 1
+    assert 0 < row["sparsity"] < 1
+    out = capsys.readouterr().out
+    assert out.count("ours, ") == 3 and "eta" in out
+
+
+def test_wrong_decisions_are_errors(packable, monkeypatch):
+    model, _ = routed.trained(routed.SETTINGS[0])
+    honest = routed_ffn.decisions
+    with monkeypatch.context() as patched:
+        patched.setattr(routed_ffn, "decisions", lambda x, prepared: ~honest(x, prepared))
+        with pytest.raises(KernelError, match=r"layer 0 woke .* groups, its router"):
+            routed_decisions.measure(model)
+    x, bits = torch.eye(3), torch.eye(3) > 0
+    seen, turned = routed_decisions.Seen([x], [bits]), routed_decisions.Seen([x], [~bits])
+    assert routed_decisions.equal_rows(seen, routed_decisions.Seen([x.roll(1, 0)], [~bits])) == 0
+    with pytest.raises(KernelError, match="layer 0: rows of the same bits differ in 9 decisions"):
+        routed_decisions.equal_rows(seen, turned)
+
+
+def test_speed_is_held_against_what_the_bytes_read_promise(packable):
+    for setting in routed.SETTINGS:
+        routed.trained(setting)
+    result = routed_decode.measure(routed.SETTINGS, prompt_tokens=8, new_tokens=6, rounds=2)
+    dense, *others = result["rows"].values()
+    assert list(result["rows"]) == ["dense", "eta-1", "eta-4"]
+    assert (dense["sparsity"], dense["bytes_promise"]) == (0, 1)
+    router, counts, ffn = 3 * 16 * 4, 24, 3 * 24 * 16 * 2
+    for row in others:
+        read = sum(router + counts - slept * ffn for slept in row["layers"])
+        assert row["bytes_per_token"] == pytest.approx(dense["bytes_per_token"] + read)
+        assert row["of_the_promise"] == pytest.approx(
+            row["ratio"][1] * row["bytes_per_token"] / dense["bytes_per_token"]
+        )
+    assert 0 < others[0]["sparsity"] < 1
+    assert result["agreement"].keys() == {"eta-1", "eta-4"}
+    assert [line[0] for line in routed_decode.lines(result)] == ["dense", "eta-1", "eta-4"]
+    assert "6 tokens after 8 of" in routed_decode.title(result)
+
+
+def test_only_the_tokens_of_the_answer_count(packable):
+    model, _ = routed.trained(routed.SETTINGS[0])
+    with quality.as_folder(model) as folder:
+        llm = LLM(folder, device="cpu")
+        answer = llm.generate([1, 2, 3, 4], SamplingParams(max_tokens=9, ignore_eos=True))[0].token_ids
+        uses = routed_decode.decoded(llm, [1, 2, 3, 4], 9)
+        tokens = torch.tensor([[1, 2, 3, 4, *answer[:-1]]])
+    bits = routed_decisions.masking(model, tokens, torch.bfloat16)
+    assert [use.sparsity for use in uses] == pytest.approx([1 - one[4:].float().mean().item() for one in bits], abs=0.1)
+
+
+def test_no_speed_of_a_model_that_answers_otherwise(packable, monkeypatch):
+    routed.trained(routed.SETTINGS[0])
+
+    def turned(model, dtype):
+        other = routed_decisions.rounded(copy.deepcopy(model), dtype)
+        other.lm_head.weight.data.neg_()
+        return other
+
+    monkeypatch.setattr(routed_decode, "rounded", turned)
+    with pytest.raises(Disagreement, match="one of the two is wrong"):
+        routed_decode.measure(routed.SETTINGS[:1], prompt_tokens=8, new_tokens=6, rounds=1)

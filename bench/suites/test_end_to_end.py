@@ -25,7 +25,7 @@ WHAT: dict[str, Callable[[Timed], float]] = {"prefill": lambda t: t.first, "deco
 @pytest.mark.parametrize("what", WHAT)
 def test_generate(benchmark: Any, memory: Any, smollm2: Path, what: str, dtype: str) -> None:
     llm = LLM(smollm2, dtype=dtype)
-    pared, theirs = Pared(llm, "pared"), Transformers(smollm2, llm.model.dtype, llm.model.device)
+    pared, theirs = Pared(llm, "pared"), Transformers.load(smollm2, llm.model.dtype, llm.model.device)
     prompt = torch.randint(llm.model.spec.vocab, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     agreement = end_to_end.check(pared, theirs, prompt, ANSWER)
     count = ANSWER if what == "decode" else 2

@@ -35,7 +35,8 @@ def open_source(plain: Source, names: list[str]) -> Source:
     """Read `plain` as this layout. Raises SourceError naming the tensor that does not fit."""
     config = stock_config(plain.config, {"lte"})
     spec = families.read(config)
-    tau = (plain.config.get("lte") or {}).get("tau", TAU)
+    said = plain.config.get("lte", {})
+    tau = said.get("tau", TAU) if isinstance(said, dict) else said
     if not isinstance(tau, float) or not 0 < tau < 1:
         raise SourceError(f"{plain.path}: lte in config.json gives tau {tau!r}, which must lie between 0 and 1")
     ours = {canonical: name for name in names if (canonical := spec.canonical(name))}
@@ -75,7 +76,8 @@ class _FFN:
     def unit(self, tau: float) -> Unit:
         """The unit of the format routed_ffn, its neurons in groups."""
         router = self._need(f"{self.path}{_ROUTER}")
-        groups, size = len(router), self.width // max(1, len(router))
+        groups = router.shape[0] if router.dim() else 0
+        size = self.width // max(1, groups)
         if router.shape[1:] != (self.down.n,) or groups * size != self.width or size not in GROUP_SIZES:
             raise SourceError(
                 f"{self.path}{_ROUTER} in {self.plain.path} is {list(router.shape)}; for {self.width} neurons in "

@@ -10,9 +10,11 @@ must not, whatever number of rows is decided at once: such a difference is an er
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from ..errors import KernelError
 from ..kernels.dispatch import set_threads
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..kernels.unit import Prepared
-    from ..runtime.model import Decoder, Norm, RoutedFfn, Stream
+    from ..runtime.model import Decoder
 
 RESULTS = ROOT / "bench" / "results" / "routed_decisions"
 WINDOWS, LENGTH, CHUNK = 4, 256, 64
@@ -124,39 +126,32 @@ class Seen:
 
 
 def seen(decoder: Decoder, tokens: torch.Tensor, rows: int) -> Seen:
-    """Windows [W, T] through the decoder, so many rows a step. Raises KernelError if the ops woke other groups."""
+    """Windows [W, T] through the decoder, so many rows a step. Raises KernelError if its ops woke other groups."""
     import torch
 
     from ..kernels import routed_ffn
 
-    watched = [_Watched(block.ffn) for block in decoder.weights.blocks]
-    blocks = tuple(replace(block, ffn=ffn) for block, ffn in zip(decoder.weights.blocks, watched, strict=True))
-    spied = type(decoder)(decoder.spec, replace(decoder.weights, blocks=blocks))
-    before = decoder.ffn_use()
-    for window in tokens.tolist():
-        _read(spied, window, rows)
-    found = [[routed_ffn.decisions(x, ffn.prepared) for x in ffn.inputs] for ffn in watched]
-    bits = [torch.cat(parts) for parts in found]
-    for layer, (one, old, new) in enumerate(zip(bits, before, decoder.ffn_use(), strict=True)):
-        if new.woken - old.woken != int(one.sum()):
-            raise KernelError(f"layer {layer} woke {new.woken - old.woken} groups, its router {int(one.sum())}")
-    return Seen([torch.cat(ffn.inputs) for ffn in watched], bits)
+    inputs, bits, apply = defaultdict[str, list[Any]](list), defaultdict[str, list[Any]](list), routed_ffn.apply
+
+    def watched(x: torch.Tensor, prepared: Prepared, path: str, **given: Any) -> torch.Tensor:
+        inputs[path].append(x)
+        bits[path].append(routed_ffn.decisions(x, prepared))
+        return apply(x, prepared, path, **given)
+
+    before = _woken(decoder)
+    with mock.patch.object(routed_ffn, "apply", watched):
+        for window in tokens.tolist():
+            _read(decoder, window, rows)
+    found = Seen(*([torch.cat(parts) for parts in layers.values()] for layers in (inputs, bits)))
+    counted = [new - old for old, new in zip(before, _woken(decoder), strict=True)]
+    if counted != (told := [int(layer.sum()) for layer in found.bits]):
+        raise KernelError(f"layer by layer {counted} groups were woken, the routers alone wake {told}")
+    return found
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """A routed FFN of the decoder that keeps what it reads."""
-
-    ffn: RoutedFfn
-    inputs: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def prepared(self) -> Prepared:
-        return self.ffn.prepared
-
-    def onto(self, stream: Stream, norm: Norm | None, slots: torch.Tensor) -> Stream:
-        self.inputs.append(stream.total if norm is None else norm.of(stream)[0])
-        return self.ffn.onto(stream, norm, slots)
+def _woken(decoder: Decoder) -> list[int]:
+    """Groups that the rows so far have woken, for each routed layer."""
+    return [use.woken for use in decoder.ffn_use() if use]
 
 
 def _read(decoder: Decoder, tokens: list[int], rows: int) -> None:

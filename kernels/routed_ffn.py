@@ -222,7 +222,7 @@ def decisions(x: Tensor, prepared: Prepared) -> Tensor:
     """bool [M, G]: the groups that `apply` wakes on a CPU for the rows of x [M, K]."""
     router = prepared.tensors[-2]
     assert router is not None
-    return _decide_on_cpu(x, router, *prepared.floats, None)
+    return _decide_on_cpu(x, router, prepared.floats[0], None)
 
 
 def groups_of(prepared: Prepared) -> int:

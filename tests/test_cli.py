@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from pared import terminal
 from pared.cli import main
+from pared.converters.methods import lte
+from pared.tests import tiny
 
 COMMANDS = ("doctor", "convert", "export", "inspect", "generate", "chat", "embed", "eval", "bench")
 Run = Callable[..., tuple[int, str, str]]
@@ -229,3 +234,97 @@ def test_ctrl_c_stops_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert terminal.say(pieces()) == "half an "
     assert capsys.readouterr().out == "half an  [stopped]\n"
+
+
+# --- routed FFNs ---------------------------------------------------------------------------------
+
+
+def _routes(tmp_path: Path, recipe: str = "size=8") -> list[object]:
+    """The command line that trains the routers of a tiny model."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 40}" for i in range(2000)))
+    source = tmp_path / "src"
+    if not source.exists():
+        tiny.checkpoint(source)
+    given = f"lte:{recipe},tokens=256,length=16,batch=2"
+    return ["convert", source, tmp_path / "out", "--calibration", text, "--method", given]
+
+
+def _unboxed(text: str) -> str:
+    """Without what the red block puts between words."""
+    return re.sub(r"[\s│]", "", text)
+
+
+def test_inspect_says_how_much_of_a_routed_model_a_token_reads(pared: Run, tmp_path: Path) -> None:
+    assert pared(*_routes(tmp_path, "size=8,lr=1e-3,layers=1"))[0] == 0
+    told = json.loads(pared("inspect", tmp_path / "out", "--json")[1])
+    (method,), sleep = told["provenance"]["methods"], told["sleep"]
+    (share,) = method["result"]["layers"].values()
+    assert (sleep["text"], sleep["layers"]) == ("text.txt", {"1": share})
+    assert sleep["saved_bytes"] == round(share * 3 * 24 * 16 * 4)
+    table = " ".join(pared("inspect", tmp_path / "out")[1].split())
+    assert "3 groups of 8, router 4.0 % of bytes" in table
+    assert f"on text.txt a token left out {100 * share:.1f} % of the groups" in table
+    assert f"by layer, in percent: 1: {100 * share:.0f}" in table
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("size=16", "groups of 16 do not divide the 24 neurons of layer 0; choose another size= or other layers="),
+        ("size=12", "size=12 is not one of 8, 16, 32 neurons of a group"),
+        ("size=8,tau=1", "tau=1.0 is not between 0 and 1, where scores lie; the paper's is 0.5"),
+        ("size=8,tau=-0.5", "tau=-0.5 is not between 0 and 1"),
+        ("size=8,tau=nan", "tau=nan is not between 0 and 1"),
+        ("size=8,layers=5", "names layers that are not there; the model has 0 to 1"),
+    ],
+)
+def test_what_no_routed_ffn_can_be_is_said(pared: Run, tmp_path: Path, given: str, message: str) -> None:
+    status, _, err = pared(*_routes(tmp_path, given))
+    assert status == 1
+    assert _unboxed(message) in _unboxed(err)
+    assert "Traceback" not in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("router", "tau", "message"),
+    [
+        ((5, 16), 0.5, "mlp.router.weight in {src} is [5, 16]; for 24 neurons in groups of 8, 16, 32 it must be"),
+        ((3, 15), 0.5, "mlp.router.weight in {src} is [3, 15]; for 24 neurons"),
+        ((), 0.5, "mlp.router.weight in {src} is []; for 24 neurons"),
+        ((3, 16), 1.5, "lte in config.json gives tau 1.5, which must lie between 0 and 1"),
+        ((3, 16), "half", "lte in config.json gives tau 'half', which must lie between 0 and 1"),
+    ],
+)
+def test_a_router_that_does_not_fit_its_model_is_said(
+    pared: Run, tmp_path: Path, router: tuple[int, ...], tau: object, message: str
+) -> None:
+    source = tiny.checkpoint(tmp_path / "src")
+    state, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    state["model.layers.1.mlp.router.weight"] = torch.ones(router)
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config | {"lte": {"tau": tau}}))
+    status, _, err = pared("convert", source, tmp_path / "out")
+    assert status == 1
+    assert _unboxed(message.format(src=source)) in _unboxed(err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_training_that_breaks_keeps_what_was_good(
+    pared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, calls = lte.next_token_loss, list[int]()
+
+    def breaking(*given: object) -> torch.Tensor:
+        calls.append(1)
+        return loss(*given) * (float("nan") if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(lte, "next_token_loss", breaking)
+    with pytest.warns(UserWarning, match=r"stage 1: the loss of step 4 was nan.*going on with the last good weights"):
+        assert pared(*_routes(tmp_path))[0] == 0
+    (method,) = json.loads(pared("inspect", tmp_path / "out", "--json")[1])["provenance"]["methods"]
+    stages = method["result"]["stages"]
+    assert [stage["steps"] for stage in stages] == [4, 8]
+    assert "the loss of step 4 was nan" in stages[0]["stopped"] and stages[1]["stopped"] is None
+    status, out, _ = pared("generate", tmp_path / "out", "w1 w2", "--max-tokens", "3")
+    assert status == 0 and out

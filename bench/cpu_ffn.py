@@ -7,17 +7,15 @@ the router's too, are cold as in cpu_linear.py. The dense side is the faster of 
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import KernelError
-from ..kernels.dispatch import set_threads
 from . import record
-from .cpu_formats import CONFIGS, DENSE, TORCH
-from .cpu_linear import Ceiling, Weights, buffer_of, last_level_cache, reads_of, rotated_bytes, seconds_of
+from .cpu_cases import CHECKED_ROWS, CONFIGS, DENSE, TORCH, header, run
+from .cpu_linear import Ceiling, Weights, buffer_of, reads_of, rotated_bytes, seconds_of
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +26,6 @@ HIDDEN, GROUP, ACT = 4096, 32, "silu"
 AWAKE = (100, 50, 20)  # percent of the groups, for each row
 SIDES = (DENSE, TORCH, *(f"routed, {share} % awake" for share in AWAKE))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
-CHECKED_ROWS = 2  # of x: the reference computes in fp32, slowly
-COLUMNS = ("M", "form", "time_us", "read MB", "GB/s", "% of ceiling", "best dense / this (quartiles)")
 
 
 @dataclass
@@ -123,15 +119,9 @@ def measure(name: str, dtype: torch.dtype, rows: Sequence[int], rounds: int) -> 
                 _time(cases[at], layer)
     return {
         **result,
-        "model": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "level": native.level,
-        "threads": torch.get_num_threads(),
+        **header(name, dtype, native, weights, ceiling),
         "rounds": rounds,
         "group_size": GROUP,
-        "last_level_cache_bytes": last_level_cache(),
-        "rotated_bytes": weights.buffer.nbytes,
-        **ceiling.as_json(),
         "cases": [_summary(case, cases, ceiling.gb_per_s) for case in cases],
     }
 
@@ -187,40 +177,5 @@ def _summary(case: Case, cases: list[Case], ceiling: float) -> dict[str, Any]:
     }
 
 
-def lines(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The cases as lines of a table under COLUMNS."""
-    for case in result["cases"]:
-        low, middle, high = case["ratio"]
-        yield (
-            str(case["m"]),
-            case["side"],
-            f"{case['time_us'][1]:.0f}",
-            f"{case['bytes'] / 1e6:.1f}",
-            f"{case['gb_per_s']:.1f}",
-            f"{case['percent_of_ceiling']:.0f}",
-            f"{middle:.2f} ({low:.2f} to {high:.2f})",
-        )
-
-
-def main() -> None:
-    """`make bench`: a table and a JSON for each model."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--models", nargs="+", choices=tuple(CONFIGS), default=list(CONFIGS))
-    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
-    parser.add_argument("--rounds", type=int, default=11)
-    options = parser.parse_args()
-    set_threads()
-    import torch
-
-    from ..terminal import print_table
-
-    for name in options.models:
-        result = measure(name, getattr(torch, options.dtype), options.rows, options.rounds)
-        record.write(f"cpu_ffn_{name}_{options.dtype}", result)
-        reads = ", ".join(f"{how} {rate[1]:.1f}" for how, rate in result["reads_gb_per_s"].items())
-        print_table(f"{name}, one FFN, {options.dtype}, {result['level']}; GB/s read: {reads}", COLUMNS, lines(result))
-
-
 if __name__ == "__main__":
-    main()
+    run(measure, ROWS, "cpu_ffn", "one FFN", __doc__)

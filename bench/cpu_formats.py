@@ -9,28 +9,23 @@ plain torch's in the same dtype.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import KernelError
-from ..kernels.dispatch import set_threads
 from . import record
 from .cold_sparse import SPARSE, SparseWeights, rows_as_packed
-from .cpu_linear import Ceiling, Weights, buffer_of, last_level_cache, reads_of, rotated_bytes, seconds_of
+from .cpu_cases import CHECKED_ROWS, CONFIGS, DENSE, TORCH, header, run
+from .cpu_linear import Ceiling, Weights, buffer_of, reads_of, rotated_bytes, seconds_of
 
 if TYPE_CHECKING:
     import torch
 
     from ..kernels.unit import Packed, Prepared
 
-CONFIGS = {  # hidden size 4096, 32 heads
-    "llama-2-7b": {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
-    "llama-3-8b": {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
-}
 SETS: tuple[tuple[str, ...], ...] = (  # modules that read the same input
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -38,11 +33,8 @@ SETS: tuple[tuple[str, ...], ...] = (  # modules that read the same input
     ("mlp.down_proj",),
 )
 RATIOS, FORMS, GROUP = (20, 50), ("pivoted", "factored"), 2
-DENSE, TORCH = "dense", "F.linear"
 SIDES = (DENSE, TORCH, *(f"{form} {ratio} %" for ratio in RATIOS for form in FORMS), *SPARSE)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-CHECKED_ROWS = 2  # of x: the reference computes in fp32, slowly
-COLUMNS = ("M", "form", "time_us", "MB", "GB/s", "% of ceiling", "best dense / this (quartiles)")
 
 
 @dataclass(frozen=True)
@@ -109,14 +101,8 @@ def measure(name: str, dtype: torch.dtype, rows: Sequence[int], rounds: int) -> 
                 _time(cases[at], layer, weights, dtype, generator)
     return {
         **result,
-        "model": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "level": native.level,
-        "threads": torch.get_num_threads(),
+        **header(name, dtype, native, weights, ceiling),
         "rounds": rounds,
-        "last_level_cache_bytes": last_level_cache(),
-        "rotated_bytes": weights.buffer.nbytes,
-        **ceiling.as_json(),
         "sets": [[module.path for module in modules] for modules in layer],
         "cases": [_summary(case, cases, ceiling.gb_per_s) for case in cases],
     }
@@ -234,42 +220,5 @@ def _by_set(case: Case) -> list[list[float]]:
     return [list(seconds) for seconds in zip(*case.seconds, strict=True)]
 
 
-def lines(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The cases as lines of a table under COLUMNS."""
-    for case in result["cases"]:
-        low, middle, high = case["ratio"]
-        yield (
-            str(case["m"]),
-            case["side"],
-            f"{case['time_us'][1]:.0f}",
-            f"{case['bytes'] / 1e6:.1f}",
-            f"{case['gb_per_s']:.1f}",
-            f"{case['percent_of_ceiling']:.0f}",
-            f"{middle:.2f} ({low:.2f} to {high:.2f})",
-        )
-
-
-def main() -> None:
-    """`make bench`: a table and a JSON for each model."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--models", nargs="+", choices=tuple(CONFIGS), default=list(CONFIGS))
-    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
-    parser.add_argument("--rounds", type=int, default=11)
-    options = parser.parse_args()
-    set_threads()
-    import torch
-
-    from ..terminal import print_table
-
-    for name in options.models:
-        result = measure(name, getattr(torch, options.dtype), options.rows, options.rounds)
-        record.write(f"cpu_formats_{name}_{options.dtype}", result)
-        reads = ", ".join(f"{how} {rate[1]:.1f}" for how, rate in result["reads_gb_per_s"].items())
-        print_table(
-            f"{name}, one layer, {options.dtype}, {result['level']}; GB/s read: {reads}", COLUMNS, lines(result)
-        )
-
-
 if __name__ == "__main__":
-    main()
+    run(measure, ROWS, "cpu_formats", "one layer", __doc__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pared.bench import cpu_ffn
+from pared.bench import cpu_cases, cpu_ffn
 from pared.errors import KernelError
 from pared.kernels import dispatch, routed_ffn
 from pared.kernels.native import library
@@ -32,7 +32,7 @@ def test_every_side_says_what_it_read(small: None) -> None:
         assert case["bytes_promise"] == pytest.approx(whole / case["bytes"])
         if case["side"] in (cpu_ffn.DENSE, cpu_ffn.TORCH, "routed, 100 % awake"):
             assert case["bytes"] == most
-    assert len(list(cpu_ffn.lines(result))) == len(result["cases"])
+    assert len(list(cpu_cases.lines(result))) == len(result["cases"])
 
 
 def test_a_wrong_result_is_no_time(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

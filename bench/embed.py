@@ -22,7 +22,7 @@ from . import record
 from .end_to_end import Disagreement
 
 BATCH = 32  # texts of the peer's batches, its default
-TEXTS = 96  # of each kind
+TEXTS = 64  # of each kind
 OURS, SORTED, ARRIVAL = "pared", "sentence-transformers", "in order of arrival"
 SIDES = (OURS, SORTED, ARRIVAL)
 COLUMNS = (

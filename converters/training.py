@@ -104,7 +104,7 @@ def _optimizer(trained: Mapping[str, nn.Parameter], peaks: Mapping[str, float]) 
     for name, p in trained.items():
         by_peak.setdefault(peaks[name], []).append(p)
     groups = [{"params": alike, "peak": peak} for peak, alike in by_peak.items()]
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def _backward(loss_of: Callable[[int], torch.Tensor], parts: range) -> float:

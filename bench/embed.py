@@ -34,7 +34,7 @@ COLUMNS = (
     "against arrival",
     "time",
 )
-BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
+BOUNDS = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.01}
 """How far vectors of length 1 may lie apart: rounding of 30 layers in either dtype."""
 
 

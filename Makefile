@@ -36,7 +36,7 @@ demo: $(READY) $(TEXTS)
 	@$(BIN)/python -m pared.bench.demo demo/smollm2
 
 test: lint $(TEXTS)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

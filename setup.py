@@ -93,6 +93,7 @@ TEST = [
     "schemathesis>=4.30; python_version >= '3.11'",
     "pytest>=8.4",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.15",
     "mypy>=1.18",

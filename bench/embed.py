@@ -22,7 +22,7 @@ from . import record
 from .end_to_end import Disagreement
 
 BATCH = 32  # texts of the peer's batches, its default
-TEXTS = 96  # of each kind
+TEXTS = 64  # of each kind
 OURS, SORTED, ARRIVAL = "pared", "sentence-transformers", "in order of arrival"
 SIDES = (OURS, SORTED, ARRIVAL)
 COLUMNS = (
@@ -34,7 +34,7 @@ COLUMNS = (
     "against arrival",
     "time",
 )
-BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
+BOUNDS = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.01}
 """How far vectors of length 1 may lie apart: rounding of 30 layers in either dtype."""
 
 

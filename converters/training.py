@@ -18,6 +18,7 @@ from .record import Record
 
 SAVE_EVERY = 25  # steps
 _ADAPTER = "default"
+_NOTHING = -100
 Factors = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -104,7 +105,7 @@ def _optimizer(trained: Mapping[str, nn.Parameter], peaks: Mapping[str, float]) 
     for name, p in trained.items():
         by_peak.setdefault(peaks[name], []).append(p)
     groups = [{"params": alike, "peak": peak} for peak, alike in by_peak.items()]
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def _backward(loss_of: Callable[[int], torch.Tensor], parts: range) -> float:
@@ -120,8 +121,9 @@ def _backward(loss_of: Callable[[int], torch.Tensor], parts: range) -> float:
 def next_token_loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the next token over windows [B, T]."""
     with fast_products(model):
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        logits = model(input_ids=tokens, use_cache=False).logits
+    following = F.pad(tokens[:, 1:], (0, 1), value=_NOTHING)  # cheaper than to leave the last logits out
+    return F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), ignore_index=_NOTHING)
 
 
 def tenths(losses: Sequence[float]) -> list[float | None]:

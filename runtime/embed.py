@@ -23,8 +23,8 @@ from .packed import Packed, batches
 from .text import Tokenizer
 from .vectors import Precision, quantize, shape
 
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Rows of one batch. On a CPU more rows only leave the cache; a GPU wants many."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Rows of one batch: a weight that is read serves many; on a CPU still more only leave the cache."""
 _SLAB = 4096  # texts that are tokenised and sorted at a time
 
 

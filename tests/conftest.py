@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from pared.kernels.dispatch import set_threads
+from pared.kernels.dispatch import cpus, set_threads
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if beside := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # workers share the machine
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // beside)))
 set_threads()
 
 ROOT = Path(__file__).resolve().parents[1]

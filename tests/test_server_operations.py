@@ -33,7 +33,7 @@ class Gate:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.spec = model.spec
+        self.spec, self.ffn_use = model.spec, model.ffn_use
         self.open = threading.Event()
         self.open.set()
         self.broken = False

@@ -13,7 +13,8 @@ from starlette.responses import Response
 
 from ...embedding import Text
 from ...errors import BadParameter, PromptTooLong
-from .document import refuses
+from .document import answers, refuses
+from .reply_schema import EmbeddingList
 from .schema import EmbeddingRequest
 from .service import Service
 from .sse import while_connected
@@ -22,7 +23,7 @@ from .sse import while_connected
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["embed"], responses=refuses(400, 401, 404, 429, 503))
 
-    @router.post("/v1/embeddings")
+    @router.post("/v1/embeddings", responses=answers(EmbeddingList))
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """Vectors of texts, or of lists of token ids."""
         service.check_model(body.model)

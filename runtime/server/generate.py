@@ -14,8 +14,9 @@ from ...errors import BadParameter, PromptTooLong
 from ..llm import Request as Asked
 from ..outputs import Delta, Output
 from ..params import SamplingParams
-from .document import EVENTS, refuses
+from .document import refuses, streams
 from .replies import ChatReply, CompletionReply, Frame, Json, usage
+from .reply_schema import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
 from .sampling import chat_params, completion_params
 from .schema import ChatRequest, CompletionRequest, Conversation
 from .service import Service
@@ -25,9 +26,9 @@ Reply = ChatReply | CompletionReply
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["generate"], responses=EVENTS | refuses(400, 401, 404, 429, 503))
+    router = APIRouter(tags=["generate"], responses=refuses(400, 401, 404, 429, 503))
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=streams(Completion, CompletionChunk))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts, or lists of token ids."""
         service.check_model(body.model)
@@ -40,7 +41,7 @@ def routes(service: Service) -> APIRouter:
         reply = CompletionReply(frame, body.logprobs is not None, body.echo)
         return await _answer(service, request, asked, reply, body)
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=streams(ChatCompletion, ChatCompletionChunk))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation through the model's chat template."""
         service.check_model(body.model)

@@ -99,13 +99,13 @@ function quantile(share, buckets) {
 const since = (now, then) => now.map(([bound, count], at) => [bound, count - (then ? then[at][1] : 0)]);
 
 let samples = [];
-const lines = { output: [], running: [], kv: [] };
+const lines = { output: [], running: [], kv: [], asleep: [] };
 
 function draw(name, value) {
   const line = lines[name];
   line.push(value);
   if (line.length > SPAN_MS / EVERY_MS) line.shift();
-  const most = name === "kv" ? 1 : Math.max(1, ...line);
+  const most = name === "kv" || name === "asleep" ? 1 : Math.max(1, ...line);
   const step = 100 / (SPAN_MS / EVERY_MS - 1);
   const points = line.map((v, at) => `${(100 - step * (line.length - 1 - at)).toFixed(2)},${(29 - 28 * (v / most)).toFixed(2)}`);
   $(`${name}-line`).firstElementChild.setAttribute("points", points.join(" "));
@@ -118,6 +118,8 @@ function show(sample) {
   const generates = "num_requests_running" in values;
   for (const id of ["tile-output", "tile-requests", "tile-kv"]) $(id).hidden = !generates;
   if (generates) showEngine(sample, before);
+  $("tile-ffns").hidden = !("ffn_groups_total" in values);
+  if ("ffn_groups_total" in values) showFfns(sample, before);
   if ("weights_bytes" in values) $("weights").textContent = bytes(values.weights_bytes);
   showLatency(sample);
   const slower = (sample.labelled.kernel_fallback_total || []).filter(([, count]) => count);
@@ -138,6 +140,24 @@ function showEngine({ at, values }, before) {
   draw("output", grown("generation_tokens_total"));
   draw("running", values.num_requests_running);
   draw("kv", values.kv_cache_usage_perc);
+}
+
+// The share of FFN groups that slept since another sample, in all layers and in each; null where no row has come.
+function asleep({ labelled }, before) {
+  const grown = (name) => labelled[name].map(([, count], layer) => count - (before ? before.labelled[name][layer][1] : 0));
+  const sum = (counts) => counts.reduce((all, count) => all + count, 0);
+  const groups = grown("ffn_groups_total");
+  const slept = grown("ffn_groups_asleep_total");
+  return sum(groups) ? { all: sum(slept) / sum(groups), each: slept.map((count, layer) => count / groups[layer]) } : null;
+}
+
+function showFfns(sample, before) {
+  const recent = asleep(sample, samples[0]) || asleep(sample);
+  $("asleep").textContent = recent ? percent(recent.all) : "–";
+  $("asleep-layers").textContent = recent
+    ? `${percent(Math.min(...recent.each))} to ${percent(Math.max(...recent.each))} by layer`
+    : "no token yet";
+  draw("asleep", (before && asleep(sample, before)?.all) ?? lines.asleep.at(-1) ?? recent?.all ?? 0);
 }
 
 function showLatency(sample) {

@@ -124,7 +124,7 @@ class Client:
             async for line in reply.aiter_lines():
                 if line == "data: [DONE]":
                     return texts
-                if line:
+                if line.startswith("data: "):
                     (choice,) = json.loads(line.removeprefix("data: "))["choices"]
                     texts[choice["index"]] += choice["text"]
                     if events == 0:

@@ -8,7 +8,9 @@ const TIMES = [
   ["request_time_per_output_token_seconds", "per token"],
   ["request_queue_time_seconds", "in the queue"],
   ["e2e_request_latency_seconds", "whole answer"],
+  ["embedding_seconds", "vectors"],
 ];
+const ANSWERS = ["time_to_first_token_seconds", "embedding_seconds"];
 
 const $ = (id) => document.getElementById(id);
 
@@ -161,16 +163,16 @@ function showFfns(sample, before) {
 }
 
 function showLatency(sample) {
-  const oldest = samples[0];
-  const count = (from) => since(sample.buckets[TIMES[0][0]] || [], from).at(-1)?.[1] || 0;
-  const recent = count(oldest.buckets[TIMES[0][0]]);
-  const from = recent ? oldest.buckets : {};
-  const rows = TIMES.filter(([name]) => name in sample.buckets).map(([name, text]) => {
+  const count = (name, from) => since(sample.buckets[name] || [], from?.[name]).at(-1)?.[1] || 0;
+  const counted = (from) => ANSWERS.reduce((all, name) => all + count(name, from), 0);
+  const recent = counted(samples[0].buckets);
+  const from = recent ? samples[0].buckets : {};
+  const rows = TIMES.filter(([name]) => count(name)).map(([name, text]) => {
     const buckets = since(sample.buckets[name], from[name]);
     return row([[text], ...[0.5, 0.9, 0.99].map((share) => [seconds(quantile(share, buckets))])]);
   });
   $("latency").replaceChildren(...rows);
-  const all = count();
+  const all = counted();
   const answers = (count) => `${count} answer${count === 1 ? "" : "s"}`;
   const span = recent ? `${answers(recent)} begun in the last two minutes` : `${answers(all)} since the server started`;
   $("latency-span").textContent = all ? `${span}; interpolated within histogram buckets` : "no answer yet";

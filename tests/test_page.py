@@ -276,7 +276,7 @@ def test_an_encoder_compares_texts(tab: Tab) -> None:
     service = Service("lengths", Metrics(), embedder=AsyncEmbedder(Counting()))
     with serving(service) as address:
         tab.open(f"{address}/")
-        tab.until("document.getElementById('vectors').hidden === false")
+        tab.until("document.getElementById('vectors').hidden === false && samples.length > 0")
         assert tab.text("#talk") == tab.text("#tile-output") == ""
         fill(tab, texts="one\ntwo longer")
         submit(tab, "vectors-form")

@@ -19,9 +19,7 @@ from pared.runtime.server.limits import Limits
 from pared.runtime.server.opening import Wanted, open_service
 from pared.tests.serving import serving
 
-MODEL = "SmolLM2-135M-half"
-PRUNED = "wanda:samples=4,length=128"
-"""Half of the weights of every matrix: fast to make, and the answers are still sentences."""
+MODEL = "SmolLM2-135M-2-4"
 WAYS = {
     "greedy": {"temperature": 0, "max_tokens": 12},
     "seeded": {"temperature": 1.0, "seed": 11, "max_tokens": 12},
@@ -31,17 +29,13 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def folder(smollm2: Path, real_prompts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pruned model, as `pared convert --method wanda` makes it."""
-    from pared.bench.data import boolq_passages, corpus
-
-    home = tmp_path_factory.mktemp("half")
-    text = home / "calibration.txt"
-    text.write_text(corpus(boolq_passages("train")[:20]), encoding="utf-8")
-    convert(smollm2, home / MODEL, methods=[PRUNED], calibration=text, progress=False)
-    with open_folder(home / MODEL) as made:
-        assert {unit.format for unit in made.manifest.units} == {"dense", "bitmap"}
-    return home / MODEL
+def folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pruned model, as `pared convert --method magnitude:pattern=2:4` makes it."""
+    made = tmp_path_factory.mktemp("pruned") / MODEL
+    convert(smollm2, made, methods=["magnitude:pattern=2:4"], dtype="bfloat16", progress=False)
+    with open_folder(made) as opened:
+        assert {unit.format for unit in opened.manifest.units} == {"dense", "two_four"}
+    return made
 
 
 @pytest.fixture(scope="module")

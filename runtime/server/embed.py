@@ -27,7 +27,6 @@ def routes(service: Service) -> APIRouter:
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """Vectors of texts, or of lists of token ids."""
         service.check_model(body.model)
-        begun = time.monotonic()
         texts = _texts(body, service.limits.texts)
         encoder = service.encoder
         work = encoder.embed(texts, body.prompt_name)
@@ -38,7 +37,7 @@ def routes(service: Service) -> APIRouter:
             )
         vectors = encoder.encoder.finish(vectors, body.normalize, body.dimensions)
         request.state.line.update(texts=len(texts), prompt_tokens=sum(tokens))
-        service.metrics.embedded(tokens, time.monotonic() - begun)
+        service.metrics.embedded(tokens, time.monotonic() - request.state.arrived)
         # beside the event loop: thousands of long vectors take seconds to write
         reply = await run_in_threadpool(_reply, service.name, vectors.numpy(), sum(tokens), body.encoding_format)
         return Response(reply, media_type="application/json")

@@ -96,7 +96,7 @@ async def _answer(
 ) -> Response:
     answers = service.engine.stream(asked)
     outputs = [one.output() for one in asked]
-    deltas = service.metrics.watch(answers, outputs, request.state.line)
+    deltas = service.metrics.watch(answers, outputs, request.state.line, request.state.arrived)
     if isinstance(body, CompletionRequest) and body.max_tokens == 0:
         deltas = _silent(deltas)
     if body.stream:

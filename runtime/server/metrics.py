@@ -111,10 +111,11 @@ class Metrics:
             self._computed = stats.computed_tokens
 
     async def watch(
-        self, answers: Answers, outputs: list[Output], line: dict[str, Any]
+        self, answers: Answers, outputs: list[Output], line: dict[str, Any], arrived: float
     ) -> AsyncIterator[tuple[int, Delta]]:
-        """The deltas of a request, unchanged, while its times are taken. `line`: the request's line in the log."""
-        arrived = time.monotonic()
+        """The deltas of a request, unchanged, while its times are taken. `line`: the request's line in the log.
+        arrived: when the request did, by time.monotonic; its prompt has been read into tokens since.
+        """
         clocks = {(p, c.index): _Clock(arrived) for p, output in enumerate(outputs) for c in output.choices}
         line.update(prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs), finish=[])
         line.update(output_tokens=0, cached_tokens=0)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,6 +159,21 @@ def test_a_silent_stream_is_kept_alive(llm: LLM, monkeypatch: pytest.MonkeyPatch
             llm.core.model.open.set()
             told = [line for line in lines if line.startswith("data: ")]
         assert '"finish_reason": "length"' in told[-2] and told[-1] == "data: [DONE]"
+
+
+def test_times_begin_when_the_request_has_come(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = llm.tokenizer.encode
+
+    def slowly(*given: Any) -> list[int]:
+        time.sleep(0.2)
+        return encode(*given)
+
+    monkeypatch.setattr(llm.tokenizer, "encode", slowly)
+    with clients(llm) as (http, _):
+        http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
+        told = http.get("/metrics").text
+    for name in ("time_to_first_token", "request_queue_time", "e2e_request_latency"):
+        assert float(re.search(rf"pared:{name}_seconds_sum (\S+)", told)[1]) >= 0.2
 
 
 def test_pages_of_other_origins_may_ask_where_they_are_named(llm: LLM) -> None:

@@ -39,6 +39,9 @@ Port = Annotated[int, _option("port", "Port to listen at.")]
 Socket = Annotated[Path | None, _option("socket", "A unix socket to listen at instead.")]
 Certificate = Annotated[Path | None, _option("certificate", "TLS certificate, PEM.")]
 PrivateKey = Annotated[Path | None, _option("private-key", "TLS private key, PEM.")]
+AllowOrigin = Annotated[
+    list[str], _option("allow-origin", "An origin whose pages may ask, as https://a.example; * is any. Repeatable.")
+]
 RootPath = Annotated[str, _option("root-path", "Path under which a proxy shows the server.")]
 Name = Annotated[str | None, _option("name", "Name of the model; default: the folder's.")]
 KeyFile = Annotated[Path | None, _option("api-key-file", "API keys, one a line; PARED_API_KEYS may hold some too.")]
@@ -77,6 +80,7 @@ def serve(
     certificate: Certificate = None,
     private_key: PrivateKey = None,
     root_path: RootPath = "",
+    allow_origin: AllowOrigin = [],  # noqa: B006  typer copies it
     name: Name = None,
     api_key_file: KeyFile = None,
     dtype: Dtype = None,
@@ -121,7 +125,7 @@ def serve(
     bounds = limits.Limits(
         max_waiting, max_prompts, max_texts, max_n, max_prompt_tokens, max_body_bytes, body_seconds, drain_seconds
     )
-    binding = run.Binding(host, port, socket, certificate, private_key, root_path)
+    binding = run.Binding(host, port, socket, certificate, private_key, root_path, tuple(allow_origin))
     service = opening.open_service(path, name or path.resolve().name, bounds, wanted)
     service.spans = tracing.Spans(otlp_endpoint, service.name) if otlp_endpoint else None
     with open_folder(path) as folder:

@@ -54,7 +54,7 @@ class Asking:
         async with self.http.stream("POST", "/v1/completions", json=_body(prompt, 1) | {"stream": True}) as reply:
             reply.raise_for_status()
             async for line in reply.aiter_lines():
-                if line:
+                if line.startswith("data: "):
                     break
         return time.perf_counter() - begun
 

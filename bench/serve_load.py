@@ -39,13 +39,20 @@ GROWTH_BYTES = 32 * 2**20
 """What memory may grow by from the second quarter of a run to the last."""
 
 
+Answer = tuple[str, list[int]]
+"""Text and token ids."""
+
+
 @dataclass(frozen=True)
 class Question:
-    """What a client sends, and the texts and tokens of the offline answers to it."""
+    """What a client sends, and the offline answers to it."""
 
     body: dict[str, Any]
-    texts: list[str]
-    tokens: int
+    answers: list[Answer]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(tokens) for _, tokens in self.answers)
 
 
 @dataclass
@@ -73,9 +80,8 @@ def questions(llm: LLM, prompts: Sequence[str], seed: int = 0) -> list[Question]
     outputs = llm.generate([prompt for prompt, _ in made], params)
     return [
         Question(
-            {"prompt": prompt, **asked},
-            [choice.text for choice in output.choices],
-            sum(len(choice.token_ids) for choice in output.choices),
+            {"prompt": prompt, "return_token_ids": True, **asked},
+            [(choice.text, choice.token_ids) for choice in output.choices],
         )
         for (prompt, asked), output in zip(made, outputs, strict=True)
     ]
@@ -99,34 +105,35 @@ class Client:
                 self.counted.wrong.append(f"{question.body}: {error!r}")
                 continue
             if found is None:
-                self.counted.left += len(question.texts)
+                self.counted.left += len(question.answers)
                 continue
             self.counted.seconds.append(time.monotonic() - begun)
-            self.counted.finished += len(question.texts)
+            self.counted.finished += len(question.answers)
             self.counted.tokens += question.tokens
-            if found != question.texts:
-                self.counted.wrong.append(f"{question.body}: {found}, and offline {question.texts}")
+            if found != question.answers:
+                self.counted.wrong.append(f"{question.body}: {found}, and offline {question.answers}")
 
-    async def _whole(self, question: Question, leaves: bool) -> list[str] | None:
+    async def _whole(self, question: Question, leaves: bool) -> list[Answer] | None:
         patience = self.rng.uniform(0, 2) if leaves else None
         try:
             reply = await asyncio.wait_for(self.http.post("/v1/completions", json=question.body), patience)
         except asyncio.TimeoutError:
             return None
-        return [choice["text"] for choice in reply.raise_for_status().json()["choices"]]
+        return [(choice["text"], choice["token_ids"]) for choice in reply.raise_for_status().json()["choices"]]
 
-    async def _streamed(self, question: Question, leaves: bool) -> list[str] | None:
+    async def _streamed(self, question: Question, leaves: bool) -> list[Answer] | None:
         """Up to the end, or to some event."""
         events = self.rng.randint(0, MOST_TOKENS) if leaves else None
-        texts = [""] * len(question.texts)
+        found: list[Answer] = [("", [])] * len(question.answers)
         async with self.http.stream("POST", "/v1/completions", json=question.body | {"stream": True}) as reply:
             reply.raise_for_status()
             async for line in reply.aiter_lines():
                 if line == "data: [DONE]":
-                    return texts
-                if line:
+                    return found
+                if line.startswith("data: "):
                     (choice,) = json.loads(line.removeprefix("data: "))["choices"]
-                    texts[choice["index"]] += choice["text"]
+                    text, tokens = found[choice["index"]]
+                    found[choice["index"]] = text + choice["text"], tokens + choice["token_ids"]
                     if events == 0:
                         return None
                     events = events and events - 1

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ..embedding import Text
 from ..errors import BadParameter, EngineBusy, EngineError, EngineStopped, RequestError
+from .model import FfnUse
 from .text import Tokenizer
 
 T = TypeVar("T")
@@ -46,20 +47,41 @@ class Encoder(Protocol):
 
     def finish(self, vectors: torch.Tensor, normalize: bool, dimensions: int | None) -> torch.Tensor: ...
 
+    def ffn_use(self) -> tuple[FfnUse | None, ...]: ...
+
+
+@dataclass(frozen=True)
+class EncoderRun:
+    """One call of the encoder. waited: seconds of each request until it began; seconds: of the call itself."""
+
+    waited: list[float]
+    seconds: float
+    texts: int
+    tokens: int
+
 
 @dataclass
 class _Asked:
     texts: list[Text]
     prompt_name: str | None
     answer: asyncio.Future[tuple[torch.Tensor, list[int], list[int]]]
+    since: float = field(default_factory=time.monotonic)
 
 
 class AsyncEmbedder:
-    """Starts with `start`, on the running event loop, and ends with `stop`. max_waiting: texts that may wait."""
+    """Starts with `start`, on the running event loop, and ends with `stop`.
 
-    def __init__(self, encoder: Encoder, max_waiting: int = 4096) -> None:
+    max_waiting: texts that may wait. on_run: told of every call of the encoder that gave vectors. ffn_use: what routed
+    FFNs had done when the last of them ended.
+    """
+
+    def __init__(
+        self, encoder: Encoder, max_waiting: int = 4096, on_run: Callable[[EncoderRun], None] = lambda _: None
+    ) -> None:
         self.encoder = encoder
         self.max_waiting = max_waiting
+        self.ffn_use = encoder.ffn_use()
+        self._on_run = on_run
         self._waiting: list[_Asked] = []
         self._come = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "pared-encoder")
@@ -128,9 +150,9 @@ class AsyncEmbedder:
 
     async def _run(self, together: list[_Asked]) -> None:
         texts = [text for asked in together for text in asked.texts]
-        call = partial(self.encoder.embed, texts, together[0].prompt_name)
+        begun = time.monotonic()
         try:
-            found = await self.beside(call)
+            found, use = await self.beside(self._embed, texts, together[0].prompt_name)
             if not bool(found.vectors.isfinite().all()):
                 raise EngineError("a vector is not finite; a wider dtype may hold it")
         except RequestError as error:
@@ -142,7 +164,13 @@ class AsyncEmbedder:
         except Exception as error:
             _fail(together, EngineError(f"the encoder failed: {error}"))
         else:
+            self.ffn_use = use
+            waited = [begun - asked.since for asked in together]
+            self._on_run(EncoderRun(waited, time.monotonic() - begun, len(texts), sum(found.tokens)))
             _tell(together, found)
+
+    def _embed(self, texts: list[Text], prompt_name: str | None) -> tuple[Vectors, tuple[FfnUse | None, ...]]:
+        return self.encoder.embed(texts, prompt_name), self.encoder.ffn_use()
 
     def _next(self) -> list[_Asked]:
         """What came first, and whatever else has the same prompt and fits."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,15 @@ from typing import Any, TypeVar
 from ..errors import BadParameter, EngineBusy, EngineError, EngineStopped
 from .engine import EngineStats
 from .llm import LLM, Prompt, Request
+from .model import FfnUse
 from .outputs import Delta, Output
 from .params import SamplingParams
 
 T = TypeVar("T")
 FAILURES = 3
 """Steps that may fail one after the other: one may be its requests' fault, this many mean a broken device."""
+USE_EVERY_S = 1.0
+"""Between two looks at what routed FFNs did, for which a GPU is waited for."""
 
 
 class Answers:
@@ -75,13 +79,14 @@ class AsyncEngine:
     """Starts with `start`, on the running event loop, and ends with `stop`.
 
     max_waiting: answers that may wait for a place among those that run. on_step: called after every step of the
-    engine, and once more when it has become idle, with what `stats` holds by then.
+    engine, and once more when it has become idle, with what `stats` holds by then. ffn_use: as EngineCore's, now and
+    then, and when the engine has become idle.
     """
 
     def __init__(self, llm: LLM, max_waiting: int = 256, on_step: Callable[[EngineStats], None] | None = None) -> None:
         self.llm = llm
         self.capacity = llm.core.scheduler.max_batch + max_waiting
-        self.stats = llm.core.stats()
+        self.stats, self.ffn_use = llm.core.stats(), llm.core.ffn_use()
         self.error: EngineStopped | None = None
         self._on_step = on_step
         self._answers: dict[int, Answers] = {}  # by number of request
@@ -92,6 +97,8 @@ class AsyncEngine:
         self._deltas: deque[tuple[int, Delta]] = deque()
         self._failed = 0
         self._failure: Exception | None = None
+        self._use = self.ffn_use
+        self._look_again = 0.0
         self._thread = threading.Thread(target=self._work, name="pared-engine", daemon=True)
         self._tokenizing = ThreadPoolExecutor(1, "pared-tokenizer")
 
@@ -158,8 +165,14 @@ class AsyncEngine:
         if not self._live:
             self._idle.set()
 
-    def _deliver(self, deltas: list[tuple[int, Delta]], failure: Exception | None, stats: EngineStats) -> None:
-        self.stats = stats
+    def _deliver(
+        self,
+        deltas: list[tuple[int, Delta]],
+        failure: Exception | None,
+        stats: EngineStats,
+        use: tuple[FfnUse | None, ...],
+    ) -> None:
+        self.stats, self.ffn_use = stats, use
         if self._on_step is not None:
             self._on_step(stats)
         for number, delta in deltas:
@@ -212,10 +225,17 @@ class AsyncEngine:
             self.llm.step()
             if self.llm.core.stats().computed_tokens > computed:  # it did not just tell of aborts
                 self._failed = 0
+            self._look()
         except Exception as error:  # its requests are aborted, which the next step tells
             self._failed, self._failure = self._failed + 1, error
             if self._failed == FAILURES:
                 raise
         deltas = list(self._deltas)
         self._deltas.clear()
-        self._loop.call_soon_threadsafe(self._deliver, deltas, self._failure, self.llm.core.stats())
+        self._loop.call_soon_threadsafe(self._deliver, deltas, self._failure, self.llm.core.stats(), self._use)
+
+    def _look(self) -> None:
+        """See what routed FFNs did."""
+        now = time.monotonic()
+        if now >= self._look_again or not self.llm.core.busy:
+            self._use, self._look_again = self.llm.core.ffn_use(), now + USE_EVERY_S

@@ -18,7 +18,7 @@ from ..errors import BadParameter
 from ..kernels import dispatch
 from .llm import context_length, dtype_of
 from .loader import load
-from .model import Decoder
+from .model import Decoder, FfnUse
 from .packed import Packed, batches
 from .text import Tokenizer
 from .vectors import Precision, quantize, shape
@@ -161,6 +161,10 @@ class Embedder:
         if dimensions is not None and not 1 <= dimensions <= self.dimension:
             raise BadParameter(f"vectors of this model have 1 to {self.dimension} dimensions, not {dimensions}")
         return shape(vectors, self.embedding.normalize, dimensions, normalize)
+
+    def ffn_use(self) -> tuple[FfnUse | None, ...]:
+        """As Decoder's."""
+        return self.model.ffn_use()
 
     def prompt(self, name: str | None, prompt: str | None) -> str:
         """What stands before a text. Raises BadParameter for a name that the folder has not."""

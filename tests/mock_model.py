@@ -67,6 +67,9 @@ class MockModel:
             logits[place] = logits_for(next_token(*self.seen(batch, cache, row)))
         return logits
 
+    def ffn_use(self) -> tuple[None, ...]:
+        return (None,) * len(LAYERS)
+
     def seen(self, batch: Batch, cache: KVCache, row: int) -> tuple[list[int], list[int]]:
         """Tokens and rotary lengths that this row may attend to, as the last layer's cache holds them."""
         s = int(torch.searchsorted(batch.query_starts, row, right=True)) - 1

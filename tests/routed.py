@@ -39,8 +39,15 @@ def write(model: hf.PreTrainedModel, work: Path, tau: float = 0.5, dtype: str | 
             covers = {linear: (one.n, one.k) for linear, one in linears.items()}
             entry = UnitEntry(packed.format, packed.version, packed.modules, names, packed.params, "", covers)
             writer.add_unit(entry, {names[role]: tensor for role, tensor in packed.tensors.items()})
-        writer.finish(folder.config, {}, {})
+        writer.finish(folder.config, {"source": {"name": "random"}, "methods": []}, {})
         return writer.publish()
+
+
+def serving_folder(checkpoint: Path, work: Path) -> Path:
+    """A routed folder of a checkpoint, with its tokenizer, so that it can be served."""
+    folder = write(hf.AutoModelForCausalLM.from_pretrained(checkpoint), work)
+    hf.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    return folder
 
 
 def _decoded(folder, entry: UnitEntry) -> dict[str, torch.Tensor]:

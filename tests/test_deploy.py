@@ -22,7 +22,8 @@ from pared.cli import app
 from pared.kernels.dispatch import FALLBACKS
 from pared.runtime.llm import LLM
 from pared.runtime.server.limits import KEYS_VARIABLE, Limits
-from pared.runtime.server.opening import service_of
+from pared.runtime.server.opening import Wanted, open_service, service_of
+from pared.tests import routed
 from pared.tests.serving import serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,9 +52,11 @@ def test_every_variable_is_an_option(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_folder: Path) -> dict[str, set[str]]:
-    """Names of metrics with their labels, of a server that has answered, refused, and taken a slower path."""
-    service = service_of(LLM(tiny_folder, device="cpu", num_blocks=50), "tiny", Limits())
+def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Names of metrics with their labels, of a server that does everything: has answered, refused, embedded, let FFN
+    groups sleep, and taken a slower path."""
+    folder = routed.serving_folder(tiny_checkpoint, tmp_path_factory.mktemp("routed"))
+    service = open_service(folder, "tiny", Limits(), Wanted(device="cpu", kv_cache_bytes=2**20, pooling="mean"))
     service.metrics.rejected("queue_full")
     with serving(service) as address, patch.dict(FALLBACKS, {("linear", "no reason"): 1}):
         assert httpx.post(f"{address}/v1/completions", json={"prompt": "x"}, timeout=60).status_code == 200
@@ -78,6 +81,9 @@ def queries() -> Iterator[tuple[str, str]]:
 def test_the_dashboard_asks_for_metrics_that_exist(exported: dict[str, set[str]]) -> None:
     asked = list(queries())
     assert len(asked) > 20
+    everything = " ".join(query for _, query in asked)
+    for name in ("ffn_groups_asleep_total", "weights_bytes", "kernel_fallback_total", "embedding_seconds_bucket"):
+        assert f"pared:{name}{{" in everything
     for panel, query in asked:
         names = re.findall(r"pared:(\w+)", query)
         assert names, (panel, query)

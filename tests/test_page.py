@@ -24,6 +24,7 @@ from pared.runtime.server.opening import service_of
 from pared.runtime.server.page import page
 from pared.runtime.server.service import Service
 from pared.tests import browser as chromium
+from pared.tests import routed
 from pared.tests.browser import Tab
 from pared.tests.serving import serving
 from pared.tests.test_server_embeddings import Counting
@@ -219,6 +220,21 @@ def test_errors_are_shown_and_the_text_is_kept(tab: Tab, address: str) -> None:
     assert tab.run("document.getElementById('send').disabled") is False
 
 
+def test_it_shows_what_routers_let_sleep(tab: Tab, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = routed.serving_folder(tiny_checkpoint, tmp_path)
+    llm = LLM(folder, device="cpu", num_blocks=100)
+    with serving(service_of(llm, "routed", Limits())) as address:
+        tab.open(f"{address}/")
+        tab.until("samples.length > 1")
+        assert "asleep" in tab.text("#tile-ffns") and " by layer" in tab.text("#asleep-layers")
+        httpx.post(f"{address}/v1/completions", json={"prompt": "some words", "ignore_eos": True}, timeout=60)
+        uses = llm.core.ffn_use()
+        tab.until(f"samples.at(-1).values.ffn_groups_total === {sum(use.groups * use.rows for use in uses)}")
+        assert tab.run("asleep(samples.at(-1)).each") == pytest.approx([use.sparsity for use in uses])
+        recent = tab.run("asleep(samples.at(-1), samples[0])")
+        assert tab.text("#asleep").startswith(f"{100 * recent['all']:.0f}")
+
+
 ENDLESS = """
 const asking = fetch;
 const endless = (body) => body.replace("{", '{"ignore_eos": true, ');
@@ -260,7 +276,7 @@ def test_an_encoder_compares_texts(tab: Tab) -> None:
     service = Service("lengths", Metrics(), embedder=AsyncEmbedder(Counting()))
     with serving(service) as address:
         tab.open(f"{address}/")
-        tab.until("document.getElementById('vectors').hidden === false")
+        tab.until("document.getElementById('vectors').hidden === false && samples.length > 0")
         assert tab.text("#talk") == tab.text("#tile-output") == ""
         fill(tab, texts="one\ntwo longer")
         submit(tab, "vectors-form")

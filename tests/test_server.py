@@ -103,6 +103,17 @@ def test_lists_of_prompts_and_token_ids(client: openai.OpenAI, alone: LLM) -> No
     assert several.usage.completion_tokens == 20
 
 
+def test_a_prompt_may_be_cut_to_its_last_tokens(client: openai.OpenAI, alone: LLM) -> None:
+    (want,) = alone.generate("end", SamplingParams(max_tokens=5))
+    last = {"truncate_prompt_tokens": 3}
+    got = complete(client, "x" * 300 + "end", max_tokens=5, echo=True, extra_body=last)
+    assert (got.choices[0].text, got.usage.prompt_tokens) == ("end" + want.text, 3)
+    got = complete(client, "an end", max_tokens=5, echo=True, extra_body={"truncate_prompt_tokens": 6})
+    assert got.choices[0].text.startswith("an end") and got.usage.prompt_tokens == 6
+    talk = client.chat.completions.create(model=MODEL, messages=TALK, max_tokens=5, extra_body=last)
+    assert talk.usage.prompt_tokens == 3
+
+
 def test_stop_strings(client: openai.OpenAI, alone: LLM) -> None:
     whole = alone.generate("stop", SamplingParams(max_tokens=30, ignore_eos=True))[0].text
     stop = whole[4:6]

@@ -217,6 +217,9 @@ class Counting:
         vectors = vectors[:, : dimensions or 3]
         return torch.nn.functional.normalize(vectors) if normalize else vectors
 
+    def ffn_use(self) -> tuple[None, ...]:
+        return ()
+
 
 def counting(encoder: Counting) -> Service:
     return Service("lengths", Metrics(), Limits(texts=20), embedder=AsyncEmbedder(encoder, max_waiting=30))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,8 @@ import torch
 
 from pared.errors import BadParameter
 from pared.runtime.llm import LLM
-from pared.runtime.server.app import drain
+from pared.runtime.server import sse
+from pared.runtime.server.app import create_app, drain
 from pared.runtime.server.limits import Keys, Limits, read_keys
 from pared.runtime.server.logs import JsonLines
 from pared.runtime.server.opening import service_of
@@ -33,7 +36,7 @@ class Gate:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.spec = model.spec
+        self.spec, self.ffn_use = model.spec, model.ffn_use
         self.open = threading.Event()
         self.open.set()
         self.broken = False
@@ -143,6 +146,48 @@ def test_a_client_that_leaves_stops_its_answer(llm: LLM, path: str, stream: bool
         llm.core.model.open.set()
         eventually(lambda: idle(llm))
         assert llm.core.stats().output_tokens < 2 * 200
+
+
+def test_a_silent_stream_is_kept_alive(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "PING_S", 0.05)
+    body = {"prompt": "x", "max_tokens": 3, "ignore_eos": True, "stream": True}
+    with clients(llm) as (http, _):
+        llm.core.model.open.clear()
+        with http.stream("POST", "/v1/completions", json=body) as reply:
+            lines = reply.iter_lines()
+            assert [next(lines) for _ in range(4)] == [": ping", "", ": ping", ""]
+            llm.core.model.open.set()
+            told = [line for line in lines if line.startswith("data: ")]
+        assert '"finish_reason": "length"' in told[-2] and told[-1] == "data: [DONE]"
+
+
+def test_times_begin_when_the_request_has_come(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = llm.tokenizer.encode
+
+    def slowly(*given: Any) -> list[int]:
+        time.sleep(0.2)
+        return encode(*given)
+
+    monkeypatch.setattr(llm.tokenizer, "encode", slowly)
+    with clients(llm) as (http, _):
+        http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
+        told = http.get("/metrics").text
+    for name in ("time_to_first_token", "request_queue_time", "e2e_request_latency"):
+        assert float(re.search(rf"pared:{name}_seconds_sum (\S+)", told)[1]) >= 0.2
+
+
+def test_pages_of_other_origins_may_ask_where_they_are_named(llm: LLM) -> None:
+    app = create_app(service_of(llm, "tiny", Limits()), Keys(["secret"]), ["https://a.example"])
+
+    async def preflight(origin: str) -> httpx.Response:
+        headers = {"origin": origin, "access-control-request-method": "POST"}
+        headers["access-control-request-headers"] = "authorization"
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            return await http.options("/v1/completions", headers=headers)
+
+    taken = asyncio.run(preflight("https://a.example"))  # browsers send no key with it
+    assert taken.status_code == 200 and taken.headers["access-control-allow-origin"] == "https://a.example"
+    assert "access-control-allow-origin" not in asyncio.run(preflight("https://b.example")).headers
 
 
 def test_a_failed_step_and_a_dead_engine(llm: LLM) -> None:

@@ -12,9 +12,10 @@ from starlette.responses import JSONResponse, Response
 
 from ... import __version__
 from ...kernels import dispatch, formats
-from .document import TEXT, refuses
+from .document import TEXT, answers, refuses
 from .generate import conversation
 from .refusals import Refused
+from .reply_schema import Detokenized, Health, Model, ModelList, Readiness, TokenizerInfo, TokenList, Version
 from .schema import DetokenizeRequest, TokenizeChat, TokenizeText
 from .service import Service
 
@@ -23,7 +24,7 @@ def state_routes(service: Service) -> APIRouter:
     """For whoever watches the server; they ask without a key."""
     router = APIRouter(tags=["state"])
 
-    @router.get("/health", responses=refuses(503))
+    @router.get("/health", responses=answers(Health) | refuses(503))
     async def health() -> Response:
         """200 while what runs the model lives, 503 when it has died."""
         for part in service.parts:
@@ -31,7 +32,7 @@ def state_routes(service: Service) -> APIRouter:
                 raise Refused(503, str(part.error or "the engine has not been started"), "engine_stopped")
         return JSONResponse({"status": "ok"})
 
-    @router.get("/ready", responses=refuses(503))
+    @router.get("/ready", responses=answers(Readiness) | refuses(503))
     async def ready() -> Response:
         """200 while requests are taken: not before the model is warm, nor when the server is about to end."""
         await health()
@@ -56,7 +57,7 @@ def routes(service: Service) -> APIRouter:
         fixed = {"object": "model", "created": born, "owned_by": "pared", "root": service.name, "parent": None}
         return {"id": service.name, **fixed, "max_model_len": service.longest, "does": does}
 
-    @router.get("/version")
+    @router.get("/version", responses=answers(Version))
     async def version() -> Response:
         """pared's version, those of its formats, and the kernels that run here."""
         stored = {module.NAME: module.VERSION for module in formats.FORMATS}
@@ -66,12 +67,12 @@ def routes(service: Service) -> APIRouter:
             told["kernels"] = [dict(zip(("op", "path", "why"), row, strict=True)) for row in paths]
         return JSONResponse(told)
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses=answers(ModelList))
     async def models() -> Response:
         """The one model."""
         return JSONResponse({"object": "list", "data": [card()]})
 
-    @router.get("/v1/models/{name:path}", responses=refuses(404))
+    @router.get("/v1/models/{name:path}", responses=answers(Model) | refuses(404))
     async def model(name: str) -> Response:
         """The one model, by its name."""
         service.check_model(name)
@@ -83,7 +84,7 @@ def routes(service: Service) -> APIRouter:
 def tokenizer_routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["tokenizer"], responses=refuses(401))
 
-    @router.post("/tokenize", responses=refuses(400, 404))
+    @router.post("/tokenize", responses=answers(TokenList) | refuses(400, 404))
     async def tokenize(body: TokenizeText | TokenizeChat) -> Response:
         """Token ids of a text, or of a conversation."""
         service.check_model(body.model)
@@ -96,14 +97,14 @@ def tokenizer_routes(service: Service) -> APIRouter:
         more = {"token_strs": pieces if body.return_token_strs else None}
         return JSONResponse({"count": len(tokens), "max_model_len": service.longest, "tokens": tokens, **more})
 
-    @router.post("/detokenize", responses=refuses(400, 404))
+    @router.post("/detokenize", responses=answers(Detokenized) | refuses(400, 404))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids."""
         service.check_model(body.model)
         text = await service.parts[0].beside(service.tokenizer.decode, body.tokens, False)
         return JSONResponse({"prompt": text})
 
-    @router.get("/tokenizer_info")
+    @router.get("/tokenizer_info", responses=answers(TokenizerInfo))
     async def tokenizer_info() -> Response:
         """What a client needs to build prompts: special tokens and the chat template."""
         hf = service.tokenizer.hf

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from ... import __version__
 from ..params import SamplingParams
@@ -16,8 +17,11 @@ from .middleware import Bounded, Guarded, Traced
 from .service import Service
 
 
-def create_app(service: Service, keys: Keys) -> FastAPI:
-    """The service as an ASGI application, whose lifespan starts and stops the engines."""
+def create_app(service: Service, keys: Keys, origins: Sequence[str] = ()) -> FastAPI:
+    """The service as an ASGI application, whose lifespan starts and stops the engines.
+
+    origins: whose pages may ask from a browser.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -49,6 +53,11 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     document.install(app, len(keys) > 0)
     app.add_middleware(Bounded, body_bytes=service.limits.body_bytes, body_s=service.limits.body_s)
     app.add_middleware(Guarded, keys=keys)
+    if origins:
+        told = ["x-request-id", "retry-after"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=told
+        )
     app.add_middleware(Traced, spans=service.spans)  # the last one added is the outermost
     return app
 

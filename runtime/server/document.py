@@ -1,4 +1,4 @@
-"""The OpenAPI document: beside what each endpoint takes, every way in which it may refuse."""
+"""The OpenAPI document: beside what each endpoint takes, what it answers and every way in which it may refuse."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
+
+from .reply_schema import ChatCompletionChunk, CompletionChunk, Reply
 
 _WORDS = {
     400: "The request is not what this endpoint takes; `param` names the field.",
@@ -24,9 +26,11 @@ _HEADERS: dict[int, dict[str, Any]] = {
     429: _LATER,
     503: _LATER,
 }
-EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer; with `stream`, server-sent events.", "content": {"text/event-stream": {}}}
-}
+_STREAMED = (
+    "The answer; with `stream`, server-sent events whose data are pieces of it, an error object where something fails "
+    "on the way, and `[DONE]` at the end."
+)
+_SCHEMAS = "#/components/schemas/"
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"description": "The metrics.", "content": {"text/plain": {}}}}
 
@@ -44,6 +48,17 @@ class ErrorReply(BaseModel):
     """OpenAI's error object."""
 
     error: ErrorDetail
+
+
+def answers(model: type[Reply]) -> dict[int | str, dict[str, Any]]:
+    """What a route answers."""
+    return {200: {"model": model}}
+
+
+def streams(whole: type[Reply], piece: type[Reply]) -> dict[int | str, dict[str, Any]]:
+    """What a route answers at once, and the pieces of it that it sends as events."""
+    events = {"text/event-stream": {"schema": {"$ref": _SCHEMAS + piece.__name__}}}
+    return {200: {"model": whole, "description": _STREAMED, "content": events}}
 
 
 def refuses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -71,6 +86,9 @@ def _document(app: FastAPI, keys: bool) -> dict[str, Any]:
     parts = made["components"]
     for unused in ("HTTPValidationError", "ValidationError"):
         parts["schemas"].pop(unused, None)
+    for piece in (CompletionChunk, ChatCompletionChunk):  # FastAPI knows those of whole answers
+        schema = piece.model_json_schema(mode="serialization", ref_template=_SCHEMAS + "{model}")
+        parts["schemas"] |= {**schema.pop("$defs"), piece.__name__: schema}
     if keys:
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for operation in (each for path in made["paths"].values() for each in path.values()):

@@ -13,7 +13,8 @@ from starlette.responses import Response
 
 from ...embedding import Text
 from ...errors import BadParameter, PromptTooLong
-from .document import refuses
+from .document import answers, refuses
+from .reply_schema import EmbeddingList
 from .schema import EmbeddingRequest
 from .service import Service
 from .sse import while_connected
@@ -22,11 +23,10 @@ from .sse import while_connected
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["embed"], responses=refuses(400, 401, 404, 429, 503))
 
-    @router.post("/v1/embeddings")
+    @router.post("/v1/embeddings", responses=answers(EmbeddingList))
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """Vectors of texts, or of lists of token ids."""
         service.check_model(body.model)
-        begun = time.monotonic()
         texts = _texts(body, service.limits.texts)
         encoder = service.encoder
         work = encoder.embed(texts, body.prompt_name)
@@ -37,7 +37,7 @@ def routes(service: Service) -> APIRouter:
             )
         vectors = encoder.encoder.finish(vectors, body.normalize, body.dimensions)
         request.state.line.update(texts=len(texts), prompt_tokens=sum(tokens))
-        service.metrics.embedded(tokens, time.monotonic() - begun)
+        service.metrics.embedded(tokens, time.monotonic() - request.state.arrived)
         # beside the event loop: thousands of long vectors take seconds to write
         reply = await run_in_threadpool(_reply, service.name, vectors.numpy(), sum(tokens), body.encoding_format)
         return Response(reply, media_type="application/json")

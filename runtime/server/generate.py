@@ -14,8 +14,9 @@ from ...errors import BadParameter, PromptTooLong
 from ..llm import Request as Asked
 from ..outputs import Delta, Output
 from ..params import SamplingParams
-from .document import EVENTS, refuses
+from .document import refuses, streams
 from .replies import ChatReply, CompletionReply, Frame, Json, usage
+from .reply_schema import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
 from .sampling import chat_params, completion_params
 from .schema import ChatRequest, CompletionRequest, Conversation
 from .service import Service
@@ -25,9 +26,9 @@ Reply = ChatReply | CompletionReply
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["generate"], responses=EVENTS | refuses(400, 401, 404, 429, 503))
+    router = APIRouter(tags=["generate"], responses=refuses(400, 401, 404, 429, 503))
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=streams(Completion, CompletionChunk))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts, or lists of token ids."""
         service.check_model(body.model)
@@ -35,18 +36,19 @@ def routes(service: Service) -> APIRouter:
         prompts = _prompts(body.prompt)
         if len(prompts) > service.limits.prompts:
             raise BadParameter(f"at most {service.limits.prompts} prompts a request, got {len(prompts)}")
-        asked = [await _asked(service, prompt, params, body.add_special_tokens) for prompt in prompts]
+        last, special = body.truncate_prompt_tokens, body.add_special_tokens
+        asked = [await _asked(service, prompt, params, last, special) for prompt in prompts]
         frame = _frame(service, "cmpl", request, body.return_token_ids)
         reply = CompletionReply(frame, body.logprobs is not None, body.echo)
         return await _answer(service, request, asked, reply, body)
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=streams(ChatCompletion, ChatCompletionChunk))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation through the model's chat template."""
         service.check_model(body.model)
         params = chat_params(body, service.llm.default_params, service.limits)
         tokens = await service.engine.beside(conversation, service, body)
-        asked = await _asked(service, tokens, params, special=False)
+        asked = await _asked(service, tokens, params, body.truncate_prompt_tokens)
         reply = ChatReply(_frame(service, "chatcmpl", request, body.return_token_ids), body.logprobs)
         return await _answer(service, request, [asked], reply, body)
 
@@ -70,15 +72,19 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     return [prompt] if alone else list(prompt)
 
 
-async def _asked(service: Service, prompt: str | list[int], params: SamplingParams, special: bool) -> Asked:
-    tokens = prompt
+async def _asked(
+    service: Service, prompt: str | list[int], params: SamplingParams, last: int | None, special: bool = False
+) -> Asked:
+    """last: tokens to keep of the prompt, None: all. special: put those tokens around a text."""
+    whole = prompt
     if isinstance(prompt, str):
-        tokens = await service.engine.beside(service.llm.tokenizer.encode, prompt, special)
+        whole = await service.engine.beside(service.llm.tokenizer.encode, prompt, special)
+    tokens = whole if last is None else whole[-last:]
     most = service.limits.prompt_tokens
     if most is not None and len(tokens) > most:
         raise PromptTooLong(f"the prompt has {len(tokens)} tokens and this server takes {most}; shorten it")
     asked = await service.engine.request(list(tokens), params)  # type: ignore[arg-type]
-    return replace(asked, text=prompt) if isinstance(prompt, str) else asked
+    return replace(asked, text=prompt) if isinstance(prompt, str) and len(tokens) == len(whole) else asked
 
 
 def _frame(service: Service, prefix: str, request: Request, token_ids: bool) -> Frame:
@@ -90,7 +96,7 @@ async def _answer(
 ) -> Response:
     answers = service.engine.stream(asked)
     outputs = [one.output() for one in asked]
-    deltas = service.metrics.watch(answers, outputs, request.state.line)
+    deltas = service.metrics.watch(answers, outputs, request.state.line, request.state.arrived)
     if isinstance(body, CompletionRequest) and body.max_tokens == 0:
         deltas = _silent(deltas)
     if body.stream:

@@ -14,7 +14,7 @@ from ..accounting import dense_memory, weight_memory
 from ..outputs import Delta, Output
 
 if TYPE_CHECKING:
-    from ..async_embedder import AsyncEmbedder
+    from ..async_embedder import AsyncEmbedder, EncoderRun
     from ..async_engine import Answers, AsyncEngine
     from ..engine import EngineStats
     from ..model import Decoder
@@ -31,11 +31,15 @@ TIMES = {
     "request_prefill_time_seconds": "From when a request runs to its first token.",
     "request_decode_time_seconds": "From an answer's first token to its end.",
     "embedding_seconds": "From a request's arrival to its vectors.",
+    "embedding_queue_seconds": "From a request's arrival until its texts run.",
+    "embedding_inference_seconds": "Of one call of the encoder, which takes what waits.",
 }
 COUNTS = {
     "request_prompt_tokens": "Tokens of a prompt.",
     "request_generation_tokens": "Tokens of an answer.",
     "embedding_tokens": "Tokens of a text that was embedded.",
+    "embedding_batch_texts": "Texts of one call of the encoder.",
+    "embedding_batch_tokens": "Tokens of one call of the encoder.",
     "iteration_tokens_total": "Token rows of an engine step.",
 }
 
@@ -76,6 +80,10 @@ class Metrics:
         self._gauge("weights_bytes", "Bytes of the model's weights in memory.", lambda: held)
         self._gauge("weights_dense_bytes", "Bytes of the same weights when dense.", lambda: dense)
 
+    def show_ffns(self, parts: Sequence[AsyncEngine | AsyncEmbedder]) -> None:
+        """Have what routed FFNs did among the metrics. parts: what runs the one model."""
+        self.registry.register(_OfFfns(parts))
+
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         Gauge(f"{PREFIX}{name}", text, registry=self.registry).set_function(read)
 
@@ -84,6 +92,14 @@ class Metrics:
         self._times["embedding_seconds"].observe(seconds)
         for count in tokens:
             self._counts["embedding_tokens"].observe(count)
+
+    def encoded(self, run: EncoderRun) -> None:
+        """Note a call of the encoder."""
+        for waited in run.waited:
+            self._times["embedding_queue_seconds"].observe(waited)
+        self._times["embedding_inference_seconds"].observe(run.seconds)
+        self._counts["embedding_batch_texts"].observe(run.texts)
+        self._counts["embedding_batch_tokens"].observe(run.tokens)
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
@@ -95,10 +111,11 @@ class Metrics:
             self._computed = stats.computed_tokens
 
     async def watch(
-        self, answers: Answers, outputs: list[Output], line: dict[str, Any]
+        self, answers: Answers, outputs: list[Output], line: dict[str, Any], arrived: float
     ) -> AsyncIterator[tuple[int, Delta]]:
-        """The deltas of a request, unchanged, while its times are taken. `line`: the request's line in the log."""
-        arrived = time.monotonic()
+        """The deltas of a request, unchanged, while its times are taken. `line`: the request's line in the log.
+        arrived: when the request did, by time.monotonic; its prompt has been read into tokens since.
+        """
         clocks = {(p, c.index): _Clock(arrived) for p, output in enumerate(outputs) for c in output.choices}
         line.update(prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs), finish=[])
         line.update(output_tokens=0, cached_tokens=0)
@@ -169,6 +186,24 @@ class _OfEngine:
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(PREFIX + name, text, value=value)
+
+
+class _OfFfns:
+    """Reads what the layers' routers decided, for every row by itself. Layers without one are left out."""
+
+    def __init__(self, parts: Sequence[AsyncEngine | AsyncEmbedder]) -> None:
+        self._parts = parts
+
+    def collect(self) -> Iterator[Metric]:
+        asked = CounterMetricFamily(f"{PREFIX}ffn_groups", "Groups of FFN neurons, once a row.", labels=["layer"])
+        slept = CounterMetricFamily(f"{PREFIX}ffn_groups_asleep", "Those of them that slept.", labels=["layer"])
+        for layer, uses in enumerate(zip(*(part.ffn_use for part in self._parts), strict=True)):
+            use = max((use for use in uses if use is not None), key=lambda use: use.rows, default=None)
+            if use is not None:  # of two that share a model, who has looked last
+                asked.add_metric([str(layer)], use.groups * use.rows)
+                slept.add_metric([str(layer)], use.groups * use.rows - use.woken)
+        if asked.samples:
+            yield from (asked, slept)
 
 
 class _OfKernels:

@@ -79,7 +79,10 @@ class Guarded:
 
 
 class Bounded:
-    """Takes a body in whole before anything is done about it; refuses what is too large, too slow, or all headers."""
+    """Takes a body in whole before anything is done about it; refuses what is too large, too slow, or all headers.
+
+    request.state.arrived: when it was there, by time.monotonic.
+    """
 
     def __init__(self, app: ASGIApp, body_bytes: int, body_s: float) -> None:
         self.app = app
@@ -102,6 +105,7 @@ class Bounded:
             return
         if body is None:  # the client has left
             return
+        scope.setdefault("state", {})["arrived"] = time.monotonic()
         told = False
 
         async def replay() -> Message:

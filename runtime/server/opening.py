@@ -72,7 +72,7 @@ def service_of(llm: LLM | None, name: str, limits: Limits, embedder: Embedder | 
     metrics = Metrics()
     service = Service(name, metrics, limits)
     if embedder is not None:
-        service.embedder = AsyncEmbedder(embedder, 2 * limits.texts)
+        service.embedder = AsyncEmbedder(embedder, 2 * limits.texts, metrics.encoded)
         metrics.show_embedder(service.embedder)
         service.decoder = embedder.model
     if llm is not None:
@@ -81,4 +81,5 @@ def service_of(llm: LLM | None, name: str, limits: Limits, embedder: Embedder | 
         service.decoder = llm.model
     if service.decoder is not None:
         metrics.show_weights(service.decoder)
+    metrics.show_ffns(service.parts)
     return service

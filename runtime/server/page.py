@@ -15,7 +15,8 @@ from fastapi import APIRouter
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from ... import __version__
-from .document import refuses
+from .document import answers, refuses
+from .reply_schema import ServerInfo
 from .service import Service
 
 _WEB = Path(__file__).resolve().parent / "web"
@@ -47,7 +48,7 @@ def routes(service: Service) -> APIRouter:
         """For browsers."""
         return page()
 
-    @router.get("/info", responses=refuses(401))
+    @router.get("/info", responses=answers(ServerInfo) | refuses(401))
     async def info() -> Response:
         """The model, how it was converted, and what is stored of it: what `pared inspect` shows."""
         return JSONResponse(about(service))

@@ -22,7 +22,8 @@ log = logging.getLogger("pared.server")
 
 @dataclass(frozen=True)
 class Binding:
-    """Where to listen. socket: a unix socket in place of host and port. certificate, private_key: files for TLS."""
+    """Where to listen, and to whom. socket: a unix socket in place of host and port. certificate, private_key: files
+    for TLS. origins: whose pages may ask from a browser (CORS)."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -30,6 +31,7 @@ class Binding:
     certificate: Path | None = None
     private_key: Path | None = None
     root_path: str = ""
+    origins: tuple[str, ...] = ()
 
 
 class Server(uvicorn.Server):
@@ -59,7 +61,7 @@ def serve(service: Service, binding: Binding, key_file: Path | None, log_level: 
     if service.generator is not None:  # what a request gets that asks for nothing else
         line["sampling"] = asdict(service.llm.default_params)
     log.info("serving", extra={"line": line})
-    Server(configuration(application.create_app(service, keys), binding)).run()
+    Server(configuration(application.create_app(service, keys, binding.origins), binding)).run()
 
 
 def configuration(app: FastAPI, binding: Binding) -> uvicorn.Config:

@@ -76,6 +76,7 @@ class Sampled(Body):
     stream_options: StreamOptions | None = None
     user: Name | None = None
     skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = Field(None, ge=1, lt=2**31, description="Keep so many, the last ones.")
     return_token_ids: bool = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

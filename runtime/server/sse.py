@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .refusals import Refused, refusal
 
 T = TypeVar("T")
+PING_S = 15.0
+"""A stream that is silent for so long, in the queue or while a long prompt is read, looks dead to proxies."""
+PING = {"type": "http.response.body", "body": b": ping\n\n", "more_body": True}
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events: one object each, an error object if something fails on the way, then [DONE].
+    """Server-sent events: one object each, an error object if something fails on the way, then [DONE]; and comments
+    where nothing else is sent.
 
     close: called when the stream has ended, for whatever reason.
     """
@@ -28,10 +33,29 @@ class EventStream(StreamingResponse):
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pinging: asyncio.Task[None] | None = None
+
+        async def tell(message: Message) -> None:
+            nonlocal pinging
+            if pinging is None:
+                pinging = asyncio.create_task(self._ping(send))
+            elif not message.get("more_body"):
+                pinging.cancel()
+            self._told = time.monotonic()
+            await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, tell)
         finally:
+            if pinging is not None:
+                pinging.cancel()
             self._close()
+
+    async def _ping(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(PING_S)
+            if time.monotonic() - self._told >= PING_S:
+                await send(PING)
 
 
 async def _lines(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:

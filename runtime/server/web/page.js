@@ -8,7 +8,9 @@ const TIMES = [
   ["request_time_per_output_token_seconds", "per token"],
   ["request_queue_time_seconds", "in the queue"],
   ["e2e_request_latency_seconds", "whole answer"],
+  ["embedding_seconds", "vectors"],
 ];
+const ANSWERS = ["time_to_first_token_seconds", "embedding_seconds"];
 
 const $ = (id) => document.getElementById(id);
 
@@ -99,13 +101,13 @@ function quantile(share, buckets) {
 const since = (now, then) => now.map(([bound, count], at) => [bound, count - (then ? then[at][1] : 0)]);
 
 let samples = [];
-const lines = { output: [], running: [], kv: [] };
+const lines = { output: [], running: [], kv: [], asleep: [] };
 
 function draw(name, value) {
   const line = lines[name];
   line.push(value);
   if (line.length > SPAN_MS / EVERY_MS) line.shift();
-  const most = name === "kv" ? 1 : Math.max(1, ...line);
+  const most = name === "kv" || name === "asleep" ? 1 : Math.max(1, ...line);
   const step = 100 / (SPAN_MS / EVERY_MS - 1);
   const points = line.map((v, at) => `${(100 - step * (line.length - 1 - at)).toFixed(2)},${(29 - 28 * (v / most)).toFixed(2)}`);
   $(`${name}-line`).firstElementChild.setAttribute("points", points.join(" "));
@@ -118,6 +120,8 @@ function show(sample) {
   const generates = "num_requests_running" in values;
   for (const id of ["tile-output", "tile-requests", "tile-kv"]) $(id).hidden = !generates;
   if (generates) showEngine(sample, before);
+  $("tile-ffns").hidden = !("ffn_groups_total" in values);
+  if ("ffn_groups_total" in values) showFfns(sample, before);
   if ("weights_bytes" in values) $("weights").textContent = bytes(values.weights_bytes);
   showLatency(sample);
   const slower = (sample.labelled.kernel_fallback_total || []).filter(([, count]) => count);
@@ -140,17 +144,35 @@ function showEngine({ at, values }, before) {
   draw("kv", values.kv_cache_usage_perc);
 }
 
+// The share of FFN groups that slept since another sample, in all layers and in each; null where no row has come.
+function asleep({ labelled }, before) {
+  const grown = (name) => labelled[name].map(([, count], layer) => count - (before ? before.labelled[name][layer][1] : 0));
+  const sum = (counts) => counts.reduce((all, count) => all + count, 0);
+  const groups = grown("ffn_groups_total");
+  const slept = grown("ffn_groups_asleep_total");
+  return sum(groups) ? { all: sum(slept) / sum(groups), each: slept.map((count, layer) => count / groups[layer]) } : null;
+}
+
+function showFfns(sample, before) {
+  const recent = asleep(sample, samples[0]) || asleep(sample);
+  $("asleep").textContent = recent ? percent(recent.all) : "–";
+  $("asleep-layers").textContent = recent
+    ? `${percent(Math.min(...recent.each))} to ${percent(Math.max(...recent.each))} by layer`
+    : "no token yet";
+  draw("asleep", (before && asleep(sample, before)?.all) ?? lines.asleep.at(-1) ?? recent?.all ?? 0);
+}
+
 function showLatency(sample) {
-  const oldest = samples[0];
-  const count = (from) => since(sample.buckets[TIMES[0][0]] || [], from).at(-1)?.[1] || 0;
-  const recent = count(oldest.buckets[TIMES[0][0]]);
-  const from = recent ? oldest.buckets : {};
-  const rows = TIMES.filter(([name]) => name in sample.buckets).map(([name, text]) => {
+  const count = (name, from) => since(sample.buckets[name] || [], from?.[name]).at(-1)?.[1] || 0;
+  const counted = (from) => ANSWERS.reduce((all, name) => all + count(name, from), 0);
+  const recent = counted(samples[0].buckets);
+  const from = recent ? samples[0].buckets : {};
+  const rows = TIMES.filter(([name]) => count(name)).map(([name, text]) => {
     const buckets = since(sample.buckets[name], from[name]);
     return row([[text], ...[0.5, 0.9, 0.99].map((share) => [seconds(quantile(share, buckets))])]);
   });
   $("latency").replaceChildren(...rows);
-  const all = count();
+  const all = counted();
   const answers = (count) => `${count} answer${count === 1 ? "" : "s"}`;
   const span = recent ? `${answers(recent)} begun in the last two minutes` : `${answers(all)} since the server started`;
   $("latency-span").textContent = all ? `${span}; interpolated within histogram buckets` : "no answer yet";

@@ -15,6 +15,7 @@ import pytest
 
 from pared.kernels.dispatch import set_threads
 
+pytest.register_assert_rewrite("pared.tests.client_suite")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 set_threads()
 

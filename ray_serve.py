@@ -14,7 +14,11 @@ from .serve_cli import application as served
 def _build() -> Any:
     """Called where a replica starts, before torch is imported there."""
     set_threads()
-    return served()
+    app = served()
+    from .runtime.server.middleware import Unmarked
+
+    app.add_middleware(Unmarked)
+    return app
 
 
 @serve.deployment

@@ -73,6 +73,11 @@ def test_metrics_count_what_clients_counted(http: httpx.Client, client: openai.O
     assert after["pared:weights_bytes"] > 10_000
 
 
+def test_an_odd_request_id_is_replaced(http: httpx.Client) -> None:
+    odd = http.get("/version", headers={"x-request-id": "no good\tid"}).headers["x-request-id"]
+    assert odd != "no good\tid" and len(odd) == 32
+
+
 def test_a_real_model_under_load_answers_as_it_does_offline(smollm2: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""A Ray head node for tests: few processes, files and a home of its own, nothing told to anyone, and gone afterwards."""
+"""A Ray head node for tests: few processes, files in a home of its own, nothing told to anyone, gone afterwards."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def cluster(variables: dict[str, str]) -> Iterator[str]:
     with log.open("w") as out:
         node = subprocess.Popen(command, env=variables, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        eventually(lambda: node.poll() is not None or "runtime started" in log.read_text(), seconds=300)
+        eventually(lambda: node.poll() is not None or "runtime started" in log.read_text(), 300, pause=0.5)
         assert node.poll() is None, log.read_text()
         yield f"127.0.0.1:{port}"
     finally:
         node.send_signal(signal.SIGTERM)
         try:
-            eventually(lambda: node.poll() is not None and not processes(variables), seconds=60)
+            eventually(lambda: node.poll() is not None and not processes(variables), 60, pause=0.5)
         finally:
             for process in processes(variables):
                 os.kill(process, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""`pared deploy ray`, run as a user runs it: two replicas behind Ray Serve, what clients get, and one that is killed."""
+"""`pared deploy ray`, run as a user runs it: what clients get of two replicas behind Ray Serve, one of them killed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def deployed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             serving = subprocess.Popen(run, cwd=TESTS, env=variables, stdout=log, stderr=subprocess.STDOUT)
         found = Deployed(f"http://127.0.0.1:{port}", variables)
         try:
-            eventually(lambda: serving.poll() is not None or ready(found), seconds=400)
+            eventually(lambda: serving.poll() is not None or ready(found), 400, pause=0.5)
             assert serving.poll() is None, (home / "log").read_text()
             yield found
         finally:
@@ -93,7 +93,7 @@ def test_a_client_that_leaves_ends_its_answer(deployed: Deployed, http: httpx.Cl
     body = {"prompt": "x", "max_tokens": 240, "ignore_eos": True, "n": 4, "stream": True}
     with http.stream("POST", "/v1/completions", json=body, headers={"x-request-id": "leaves"}) as response:
         assert next(response.iter_lines()).startswith("data: ")  # while it grows
-    eventually(lambda: bool(deployed.lines("leaves")))
+    eventually(lambda: bool(deployed.lines("leaves")), pause=0.1)
     (line,) = deployed.lines("leaves")
     assert line["output_tokens"] < 4 * 240 and line["finish"] == []
 
@@ -123,8 +123,7 @@ def test_a_killed_replica_comes_back_and_no_answer_is_wrong(
             os.kill(killed, signal.SIGKILL)
         try:
             return complete(client, prompts[number], max_tokens=40).choices[0].text
-        except openai.APIStatusError as refused:
-            assert refused.status_code in (500, 503)
+        except openai.InternalServerError:
             return None
 
     with ThreadPoolExecutor(4) as pool:
@@ -132,9 +131,9 @@ def test_a_killed_replica_comes_back_and_no_answer_is_wrong(
     assert all(text == right for text, right in zip(got, want, strict=True) if text is not None)
     assert sum(text is None for text in got) <= 4  # those that were on it
     assert got[-10:] == want[-10:]
-    eventually(lambda: len(deployed.replicas - {killed}) == 2, seconds=200)
+    eventually(lambda: len(deployed.replicas - {killed}) == 2, 200, pause=0.5)
     (fresh,) = deployed.replicas - before
-    eventually(lambda: any('"serving"' in line for line in log_of(deployed, fresh)), seconds=200)
+    eventually(lambda: any('"serving"' in line for line in log_of(deployed, fresh)), 200, pause=0.5)
     assert [complete(client, prompt, max_tokens=40).choices[0].text for prompt in prompts[:20]] == want[:20]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +136,8 @@ def _run(spread: Spread, worker: type, arguments: tuple[Any, ...], rows: int, mo
     context.enable_progress_bars = spread.progress
     more = {"drop_empty_lines": False} if kind == ".txt" else {}
     corpus = getattr(ray.data, READERS[kind])(files, ray_remote_args=NO_CPU, **more)
-    spread.out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f"{spread.out.name}.", dir=spread.out.parent))
+    draft = spread.out.with_name(f"{spread.out.name}.{os.getpid()}.partial")
+    draft.mkdir(parents=True)
     try:
         made = corpus.map_batches(
             worker,

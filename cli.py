@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, folders_cli, kernels_cli, measuring_cli, running_cli, serve_cli
+from . import __version__, deploy_cli, folders_cli, kernels_cli, measuring_cli, running_cli, serve_cli
 from .kernels.dispatch import set_threads
 from .terminal import print_error
 
@@ -33,6 +33,7 @@ app.command()(running_cli.chat)
 app.command()(running_cli.embed)
 app.command("eval")(measuring_cli.evaluate)
 app.add_typer(measuring_cli.bench)
+app.add_typer(deploy_cli.app)
 app.add_typer(kernels_cli.app)
 
 

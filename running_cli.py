@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .errors import BadParameter
 from .options import DeviceOption, Dtype, DtypeOption, Folder, Int8HeadOption, StrictOption
 from .terminal import ask, print_table, say
 
@@ -24,6 +25,12 @@ TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 k
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens that together reach this probability.")]
 MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--ray", metavar="WORKERS", help="Spread a file or folder over so many workers of Ray, into a folder."
+    ),
+]
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")]
 
 
@@ -48,7 +55,7 @@ class Precision(str, Enum):
 
 def generate(
     path: Folder,
-    prompt: Annotated[str, typer.Argument(help="What to continue.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="What to continue; with --ray a file of prompts, or a folder of them.")],
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -62,11 +69,19 @@ def generate(
     device: DeviceOption = None,
     strict: StrictOption = False,
     int8_head: Int8HeadOption = False,
+    ray: Workers = None,
+    out: Annotated[Path | None, typer.Option(help="With --ray: folder for parquet files of the answers.")] = None,
+    field: Annotated[str, typer.Option(help="With --ray: where the prompt is, in JSON lines and parquet.")] = "text",
 ) -> None:
-    """Continue a prompt, or answer it with --chat."""
+    """Continue a prompt, or answer it with --chat. With --ray: each prompt of .txt (one a line), .jsonl or .parquet."""
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options |= {"min_p": min_p, "seed": seed, "stop": stop and tuple(stop)}
+    if ray is not None:
+        model = {"path": path, "dtype": dtype and dtype.value, "device": device, "strict": strict}
+        _generate_all(ray, Path(prompt), out, field, {**model, "int8_head": int8_head}, _given(options), as_chat)
+        return
     llm = _load(path, dtype, device, strict, int8_head)
-    params = _params(llm, {**options, "min_p": min_p, "seed": seed, "stop": stop and tuple(stop)})
+    params = _params(llm, options)
     asked: Any = llm.tokenizer.chat([{"role": "user", "content": prompt}]) if as_chat else prompt
     if stream:
         say(delta.text for delta in llm.stream(asked, params))
@@ -118,17 +133,45 @@ def embed(
     device: DeviceOption = None,
     strict: StrictOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")] = False,
+    ray: Workers = None,
 ) -> None:
-    """Turn a file of texts into vectors. What was interrupted goes on when it is started again."""
+    """Turn a file of texts into vectors. What was interrupted goes on when it is started again.
+
+    With --ray INPUT may be a folder, and OUT is a new one: parquet files with all of INPUT's columns, in its order.
+    """
     from .runtime.corpus import Options, embed_file
     from .runtime.embed import Embedder
 
     start = time.perf_counter()
-    options: dict[str, Any] = {"pooling": pooling and pooling.value, "max_length": max_length}
-    embedder = Embedder(path, dtype and dtype.value, device, strict, **options)
     wanted = Options(field, prompt_name, prompt, normalize, dimensions, precision.value)
+    model: dict[str, Any] = {"dtype": dtype and dtype.value, "device": device, "strict": strict}
+    model |= {"path": path, "pooling": pooling and pooling.value, "max_length": max_length}
+    if ray is not None:
+        from .runtime import spread
+
+        count = spread.embed(spread.Spread(source, out, ray, field, sys.stderr.isatty()), model, wanted)
+        _print_spread(out, count, time.perf_counter() - start)
+        return
+    embedder = Embedder(**model)
     done = embed_file(embedder, source, out, wanted, overwrite=overwrite, progress=sys.stderr.isatty())
     print_table(f"{out}", ("what", "how much"), done.rows(time.perf_counter() - start, embedder.max_length))
+
+
+def _generate_all(
+    workers: int, source: Path, out: Path | None, field: str, model: dict[str, Any], params: dict[str, Any], chat: bool
+) -> None:
+    from .runtime import spread
+
+    if out is None:
+        raise BadParameter("answers to a corpus need a place: give --out FOLDER")
+    start = time.perf_counter()
+    count = spread.generate(spread.Spread(source, out, workers, field, sys.stderr.isatty()), model, params, chat)
+    _print_spread(out, count, time.perf_counter() - start)
+
+
+def _print_spread(out: Path, count: int, seconds: float) -> None:
+    rows = [("texts", str(count)), ("texts/s", f"{count / seconds:.1f}, loading included")]
+    print_table(f"{out}", ("what", "how much"), rows)
 
 
 def _load(path: Path, dtype: Dtype | None, device: str | None, strict: bool, int8_head: bool) -> LLM:
@@ -141,8 +184,11 @@ def _params(llm: LLM, options: dict[str, Any]) -> SamplingParams:
     """The options that were given, over what the folder recommends."""
     from .runtime.params import SamplingParams
 
-    given = {name: value for name, value in options.items() if value is not None}
-    return SamplingParams.from_dict(given, llm.default_params)
+    return SamplingParams.from_dict(_given(options), llm.default_params)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _answer(llm: LLM, messages: list[dict[str, Any]], params: SamplingParams) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,6 +73,7 @@ Level = Annotated[LogLevel, _option("log-level", "How much the log on stderr tel
 
 
 def serve(
+    context: typer.Context,
     path: Folder,
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -102,7 +103,7 @@ def serve(
     drain_seconds: DrainSeconds = 30.0,
     otlp_endpoint: Otlp = None,
     log_level: Level = LogLevel.info,
-) -> None:
+) -> Any:
     """Serve a model behind the OpenAI API until a signal comes; what runs is finished first."""
     try:
         from .runtime.server import limits, opening, run, tracing
@@ -130,4 +131,13 @@ def serve(
     service.spans = tracing.Spans(otlp_endpoint, service.name) if otlp_endpoint else None
     with open_folder(path) as folder:
         service.folder = folder_report(folder).as_json()
-    run.serve(service, binding, api_key_file, log_level.value)
+    return (context.obj or run.serve)(service, binding, api_key_file, log_level.value)
+
+
+def application() -> Any:
+    """The ASGI application of `pared serve`, its options taken from the environment: for a server that is not ours."""
+    from .runtime.server import run
+
+    alone = typer.Typer(add_completion=False)
+    alone.command()(serve)
+    return typer.main.get_command(alone).main([], standalone_mode=False, obj=run.application)

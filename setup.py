@@ -79,6 +79,7 @@ EMBED = ["pyarrow>=18"]
 SENTENCES = "sentence-transformers>=6"
 SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus-client>=0.20"]
 GUIDED = ["llguidance>=1.3"]
+RAY = [*SERVE, *EMBED, "ray[data,serve]>=2.50"]
 OTEL = ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"]
 TEST = [
     *TRAIN,
@@ -140,6 +141,7 @@ setup(
         "serve": SERVE,
         "guided": GUIDED,
         "otel": OTEL,
+        "ray": RAY,
         "bench": BENCH,
     },
     entry_points={"console_scripts": [f"{PKG}={PKG}.cli:main"]},

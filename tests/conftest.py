@@ -15,6 +15,7 @@ import pytest
 
 from pared.kernels.dispatch import cpus, set_threads
 
+pytest.register_assert_rewrite("pared.tests.client_suite")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if beside := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # workers share the machine
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // beside)))

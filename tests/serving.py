@@ -10,9 +10,9 @@ from pared.bench.hosting import free_port, serving
 __all__ = ["eventually", "free_port", "serving"]
 
 
-def eventually(true: Callable[[], bool]) -> None:
+def eventually(true: Callable[[], bool], seconds: float = 60, pause: float = 0.005) -> None:
     """Wait until something has become so."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until, "it does not come true"
-        time.sleep(0.005)
+        time.sleep(pause)

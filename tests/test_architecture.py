@@ -28,6 +28,8 @@ SAME_ROOM = {
     "measuring_cli": "cli",
     "kernels_cli": "cli",
     "serve_cli": "cli",
+    "deploy_cli": "cli",
+    "ray_serve": "cli",
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -51,7 +53,7 @@ ONLY_IN = {
     "typer": {
         "cli.py",
         "options.py",
-        *(f"{part}_cli.py" for part in ("folders", "running", "measuring", "kernels", "serve")),
+        *(f"{part}_cli.py" for part in ("folders", "running", "measuring", "kernels", "serve", "deploy")),
     },
     "fastapi": {"runtime/server"},
     "starlette": {"runtime/server"},
@@ -60,6 +62,8 @@ ONLY_IN = {
     "prometheus_client": {"runtime/server"},
     "h11": {"runtime/server"},
     "opentelemetry": {"runtime/server"},
+    "ray": {"ray_serve.py", "runtime/spread.py"},
+    "yaml": {"deploy_cli.py"},
     "llguidance": {"runtime/guided.py"},
     "rich": {"terminal.py"},
     "matplotlib": {"bench"},

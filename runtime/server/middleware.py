@@ -62,6 +62,21 @@ class Traced:
                 self.spans.tell(Headers(scope=scope), line)
 
 
+class Unmarked:
+    """Takes the request's id off the reply: for behind a proxy that writes one of its own, known to `Traced`, on it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await self.app(scope, receive, tell)
+
+
 class Guarded:
     """Lets nobody pass without a key, where there are keys."""
 

@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from . import app as application
+from .app import create_app, drain
 from .limits import Keys, read_keys
 from .logs import configure
 from .protocol import PatientProtocol
@@ -48,12 +48,17 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         service: Service = self.config.app.state.service  # type: ignore[union-attr]
         log.info("draining", extra={"line": {"seconds_at_most": service.limits.drain_s}})
-        await application.drain(service)
+        await drain(service)
         self.should_exit = True
 
 
 def serve(service: Service, binding: Binding, key_file: Path | None, log_level: str) -> None:
     """Serve until a signal comes."""
+    Server(configuration(application(service, binding, key_file, log_level), binding)).run()
+
+
+def application(service: Service, binding: Binding, key_file: Path | None, log_level: str) -> FastAPI:
+    """The application with its keys, and the log in which it writes."""
     configure(log_level)
     keys = Keys(read_keys(key_file))
     where = str(binding.socket) if binding.socket else f"{binding.host}:{binding.port}"
@@ -61,7 +66,7 @@ def serve(service: Service, binding: Binding, key_file: Path | None, log_level: 
     if service.generator is not None:  # what a request gets that asks for nothing else
         line["sampling"] = asdict(service.llm.default_params)
     log.info("serving", extra={"line": line})
-    Server(configuration(application.create_app(service, keys, binding.origins), binding)).run()
+    return create_app(service, keys, binding.origins)
 
 
 def configuration(app: FastAPI, binding: Binding) -> uvicorn.Config:

@@ -1,0 +1,82 @@
+"""A Ray head node for tests: few processes, files in a home of its own, nothing told to anyone, gone afterwards."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pared.tests.serving import eventually, free_port
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'pared[ray]'")
+PATIENCE = {
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_worker_niceness": "0",  # 15 if left alone: with anything else on the machine hardly any worker would run
+}
+"""For a machine that is busy with other things."""
+
+
+def program(name: str) -> str:
+    """A command that was installed beside this Python."""
+    return str(Path(sys.executable).parent / name)
+
+
+@contextmanager
+def environment() -> Iterator[dict[str, str]]:
+    """Variables for Ray's commands; their files go to a folder with a short name, as sockets need."""
+    home = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+    caches = {"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))}
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(home), "HOME": str(home), "RAY_TEST_HOME": str(home)}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_", "PARED_"))}
+    try:
+        yield {**inherited, **caches, **quiet, **PATIENCE}
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def cluster(variables: dict[str, str]) -> Iterator[str]:
+    """The address of a running head node with two CPUs. At the end nothing of it may be left."""
+    port = free_port()
+    command = [program("ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={port}"]
+    command += ["--include-dashboard=false", "--object-store-memory=80000000"]
+    for option in ("metrics-export", "dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent"):
+        command.append(f"--{option}-port={free_port()}")
+    log = Path(variables["RAY_TMPDIR"]) / "head.log"
+    with log.open("w") as out:
+        node = subprocess.Popen(command, env=variables, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        eventually(lambda: node.poll() is not None or "runtime started" in log.read_text(), 300, pause=0.5)
+        assert node.poll() is None, log.read_text()
+        yield f"127.0.0.1:{port}"
+    finally:
+        node.send_signal(signal.SIGTERM)
+        try:
+            eventually(lambda: node.poll() is not None and not processes(variables), 60, pause=0.5)
+        finally:
+            for process in processes(variables):
+                os.kill(process, signal.SIGKILL)
+
+
+def processes(variables: dict[str, str], named: str = "") -> list[int]:
+    """Ids of the processes that were started with these variables and whose command line begins so."""
+    mark = f"RAY_TEST_HOME={variables['RAY_TEST_HOME']}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes() and (folder / "cmdline").read_text().startswith(named):
+                found.append(int(folder.name))
+        except (OSError, UnicodeDecodeError):  # it has ended, or is not ours
+            continue
+    return found

@@ -22,13 +22,15 @@ class Tokenizer:
     """The tokenizer of a folder, as transformers reads it. Nothing is downloaded and no remote code runs."""
 
     def __init__(self, path: str | Path) -> None:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise FolderDamaged(f"{path}: the tokenizer cannot be read: {error}; convert the model again") from error
         self._special = frozenset(self.hf.all_special_ids)
+        fast = type(self.hf)._decode is PreTrainedTokenizerFast._decode
+        self._fast: Any = self.hf.backend_tokenizer if fast else None
         self._byte_level = "ByteLevel" in str(
             getattr(self.hf, "backend_tokenizer", None) and self.hf.backend_tokenizer.decoder
         )
@@ -48,6 +50,9 @@ class Tokenizer:
         return list(self.hf.encode(text, add_special_tokens=special, verbose=False))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids, as it is: nothing is cleaned up."""
+        if self._fast is not None:  # what transformers comes to, without its way there: every token of an answer asks
+            return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
         text = self.hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         return str(text)
 

@@ -60,10 +60,14 @@ def document(http: httpx.Client) -> dict[str, Any]:
     return http.get("/openapi.json").json()
 
 
-def promised(document: dict[str, Any], path: str, body: object, kind: str = "application/json") -> str:
-    """The name of the schema that the document gives for a path's answer."""
+def promised(document: dict[str, Any], path: str, body: object) -> dict[str, Any]:
+    """The schema that the document gives for a path's answer, by media type."""
     operation = document["paths"][path.replace("/tiny", "/{name}")]["get" if body is None else "post"]
-    return operation["responses"]["200"]["content"][kind]["schema"]["$ref"].removeprefix("#/components/schemas/")
+    return {kind: told["schema"] for kind, told in operation["responses"]["200"]["content"].items()}
+
+
+def named(model: type[Reply]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
 def events(text: str) -> list[str]:
@@ -78,11 +82,13 @@ def test_answers_are_as_the_document_says(
 ) -> None:
     answer = http.get(path) if body is None else http.post(path, json=body)
     assert answer.status_code == 200, answer.text
-    assert promised(document, path, body) == model.__name__
+    schemas = promised(document, path, body)
+    assert schemas["application/json"] == named(model)
     model.model_validate_json(answer.content)
     if model in PIECES:
         piece = PIECES[model]
-        assert promised(document, path, body, "text/event-stream") == piece.__name__
+        end, data = schemas["text/event-stream"]["properties"]["data"]["anyOf"]
+        assert end == {"const": "[DONE]"} and data["contentSchema"]["anyOf"][0] == named(piece)
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         for event in events(http.post(path, json=asked).text):
             piece.model_validate_json(event)
@@ -91,8 +97,8 @@ def test_answers_are_as_the_document_says(
 def test_every_schema_is_in_the_document(document: dict[str, Any]) -> None:
     text = json.dumps(document)
     schemas = document["components"]["schemas"]
-    named = {part.partition('"')[0] for part in text.split("#/components/schemas/")[1:]}
-    assert named == set(schemas) and len(named) > 30
+    asked = {part.partition('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert asked == set(schemas) and len(asked) > 30
     for _, _, model in CASES:
         assert schemas[model.__name__]["additionalProperties"] is False
 

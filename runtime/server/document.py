@@ -56,9 +56,12 @@ def answers(model: type[Reply]) -> dict[int | str, dict[str, Any]]:
 
 
 def streams(whole: type[Reply], piece: type[Reply]) -> dict[int | str, dict[str, Any]]:
-    """What a route answers at once, and the pieces of it that it sends as events."""
-    events = {"text/event-stream": {"schema": {"$ref": _SCHEMAS + piece.__name__}}}
-    return {200: {"model": whole, "description": _STREAMED, "content": events}}
+    """What a route answers at once, and the pieces of it that it sends as events, described as in OpenAPI 3.2."""
+    told = [{"$ref": _SCHEMAS + model.__name__} for model in (piece, ErrorReply)]
+    json = {"contentMediaType": "application/json", "contentSchema": {"anyOf": told}}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, json]}
+    event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+    return {200: {"model": whole, "description": _STREAMED, "content": {"text/event-stream": {"schema": event}}}}
 
 
 def refuses(*statuses: int) -> dict[int | str, dict[str, Any]]:

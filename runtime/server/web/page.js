@@ -230,12 +230,13 @@ function options(params) {
 
 function measured(rows) {
   const tasks = [...new Set(rows.flatMap((one) => Object.keys(one.accuracy || {})))];
+  const perplexity = rows.some((one) => one.perplexity) ? ["perplexity"] : [];
   const size = (one, name) => [one[name] ? bytes(one[name]) : "–"];
   const number = (value, digits) => [value === null || value === undefined ? "–" : value.toFixed(digits)];
-  const head = ["at conversion", "disk", "memory", "read per token", "tokens/s", "perplexity", ...tasks];
+  const head = ["at conversion", "disk", "memory", "read per token", "tokens/s", ...perplexity, ...tasks];
   const body = rows.map((one) => row([
     [one.name], size(one, "disk_bytes"), size(one, "memory_bytes"), size(one, "bytes_per_token"),
-    number(one.tokens_per_second, 1), number(one.perplexity, 2),
+    number(one.tokens_per_second, 1), ...perplexity.map((name) => number(one[name], 2)),
     ...tasks.map((task) => [task in (one.accuracy || {}) ? percent(one.accuracy[task]) : "–"]),
   ]));
   return [row(head.map((text) => [text]), "th"), ...body];

@@ -131,7 +131,9 @@ def serve(
     service.spans = tracing.Spans(otlp_endpoint, service.name) if otlp_endpoint else None
     with open_folder(path) as folder:
         service.folder = folder_report(folder).as_json()
-    return (context.obj or run.serve)(service, binding, api_key_file, log_level.value)
+    if context.obj is not None:  # called by `application`
+        return context.obj(service, api_key_file, log_level.value)
+    return run.serve(service, binding, api_key_file, log_level.value)
 
 
 def application() -> Any:

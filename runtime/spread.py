@@ -24,8 +24,6 @@ from .texts import pyarrow
 READERS = {".txt": "read_text", ".jsonl": "read_json", ".parquet": "read_parquet"}
 EMBEDDED, GENERATED = 1024, 256
 """Rows of a batch: enough texts of like lengths to pack, and enough prompts to keep an engine's places taken."""
-NO_CPU = {"num_cpus": 0}
-"""For reading and writing: the workers may hold every CPU."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def _run(spread: Spread, worker: type, arguments: tuple[Any, ...], rows: int, mo
     context.execution_options.preserve_order = True
     context.enable_progress_bars = spread.progress
     more = {"drop_empty_lines": False} if kind == ".txt" else {}
-    corpus = getattr(ray.data, READERS[kind])(files, ray_remote_args=NO_CPU, **more)
+    corpus = getattr(ray.data, READERS[kind])(files, **more)
     draft = spread.out.with_name(f"{spread.out.name}.{os.getpid()}.partial")
     draft.mkdir(parents=True)
     try:
@@ -147,7 +145,7 @@ def _run(spread: Spread, worker: type, arguments: tuple[Any, ...], rows: int, mo
             batch_format="pyarrow",
             **resources,
         )
-        made.write_parquet(str(draft), ray_remote_args=NO_CPU)
+        made.write_parquet(str(draft))
         os.replace(draft, spread.out)
     except Exception as error:
         raise _ours(error) from error
@@ -180,14 +178,18 @@ def _ray() -> Any:
 
 
 def _resources(cluster: Mapping[str, float], workers: int, device: str | None) -> dict[str, Any]:
-    """What a worker is given: its share of the CPUs, and a GPU where there are any. Raises BadParameter."""
+    """What a worker is given: a share of the CPUs, and a GPU where there are any. Raises BadParameter.
+
+    One CPU is left, to which Ray can send what reads and writes; a worker's threads use it as well.
+    """
     gpus = int(cluster.get("GPU", 0)) if device != "cpu" else 0
     places, name = (gpus, "GPUs") if gpus else (int(cluster["CPU"]), "CPUs")
     if not 1 <= workers <= places:
         raise BadParameter(f"{workers} workers do not fit: the cluster has {places} {name}, and each takes one")
-    cpus = max(1, int(cluster["CPU"]) // workers)
-    threads = {"env_vars": {"OMP_NUM_THREADS": str(cpus)}}
-    return {"num_cpus": cpus, "num_gpus": min(gpus, 1), "runtime_env": threads}
+    cpus = int(cluster["CPU"])
+    held = (cpus - 1) // workers or (cpus - 1) / workers  # Ray takes fractions below 1 alone
+    threads = {"env_vars": {"OMP_NUM_THREADS": str(max(1, cpus // workers))}}
+    return {"num_cpus": held, "num_gpus": min(gpus, 1), "runtime_env": threads}
 
 
 def _ours(error: Exception) -> Exception:

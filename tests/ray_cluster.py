@@ -37,7 +37,7 @@ def environment() -> Iterator[dict[str, str]]:
     """Variables for Ray's commands; their files go to a folder with a short name, as sockets need."""
     home = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     caches = {"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))}
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(home), "HOME": str(home), "RAY_TEST_HOME": str(home)}
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(home), "HOME": str(home)}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_", "PARED_"))}
     try:
         yield {**inherited, **caches, **quiet, **PATIENCE}
@@ -70,13 +70,14 @@ def cluster(variables: dict[str, str]) -> Iterator[str]:
 
 
 def processes(variables: dict[str, str], named: str = "") -> list[int]:
-    """Ids of the processes that were started with these variables and whose command line begins so."""
-    mark = f"RAY_TEST_HOME={variables['RAY_TEST_HOME']}".encode()
+    """Ids of the processes that have a file open in these variables' folder and whose command line begins so."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if mark in (folder / "environ").read_bytes() and (folder / "cmdline").read_text().startswith(named):
+            open_files = [os.readlink(file) for file in (folder / "fd").iterdir()]
+            ours = any(file.startswith(variables["RAY_TMPDIR"]) for file in open_files)
+            if ours and (folder / "cmdline").read_text().startswith(named):
                 found.append(int(folder.name))
-        except (OSError, UnicodeDecodeError):  # it has ended, or is not ours
+        except OSError:  # it has ended, or is not ours
             continue
     return found

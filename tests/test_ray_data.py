@@ -120,8 +120,9 @@ def test_what_cannot_be_spread_is_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_workers_get_their_share() -> None:
     given = spread._resources({"CPU": 16.0, "GPU": 4.0}, 4, None)
-    assert given == {"num_cpus": 4, "num_gpus": 1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "4"}}}
+    assert given == {"num_cpus": 3, "num_gpus": 1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "4"}}}
     assert spread._resources({"CPU": 16.0, "GPU": 4.0}, 8, "cpu")["num_gpus"] == 0
-    assert spread._resources({"CPU": 3.0}, 2, None)["num_cpus"] == 1
+    assert [spread._resources({"CPU": float(cpus)}, 2, None)["num_cpus"] for cpus in (2, 3, 9)] == [0.5, 1, 4]
+    assert spread._resources({"CPU": 1.0}, 1, None)["num_cpus"] == 0
     with pytest.raises(errors.BadParameter, match="5 workers do not fit: the cluster has 4 GPUs"):
         spread._resources({"CPU": 16.0, "GPU": 4.0}, 5, None)

@@ -54,14 +54,14 @@ class Server(uvicorn.Server):
 
 def serve(service: Service, binding: Binding, key_file: Path | None, log_level: str) -> None:
     """Serve until a signal comes."""
-    Server(configuration(application(service, binding, key_file, log_level), binding)).run()
+    where = str(binding.socket) if binding.socket else f"{binding.host}:{binding.port}"
+    Server(configuration(application(service, key_file, log_level, where), binding)).run()
 
 
-def application(service: Service, binding: Binding, key_file: Path | None, log_level: str) -> FastAPI:
-    """The application with its keys, and the log in which it writes."""
+def application(service: Service, key_file: Path | None, log_level: str, where: str | None = None) -> FastAPI:
+    """The application with its keys, and the log that it writes. where: it listens, if that is known."""
     configure(log_level)
     keys = Keys(read_keys(key_file))
-    where = str(binding.socket) if binding.socket else f"{binding.host}:{binding.port}"
     line = {"model": service.name, "at": where, "keys": len(keys), "limits": asdict(service.limits)}
     if service.generator is not None:  # what a request gets that asks for nothing else
         line["sampling"] = asdict(service.llm.default_params)

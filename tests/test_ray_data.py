@@ -100,7 +100,28 @@ def test_a_wrong_text_is_one_message_and_leaves_nothing(pared: Pared, folder: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-# --- refused before anything runs ---------------------------------------------------------------------
+# --- without a cluster --------------------------------------------------------------------------------
+
+
+def test_a_worker_adds_its_columns(folder: Path, tiny_folder: Path) -> None:
+    rows = {"id": [4, 5, 6], "body": TEXTS[4:7]}
+    embeds = spread.Embeds("body", {"path": folder, "device": "cpu"}, Options(normalize=True, precision="binary"))
+    table = embeds(pyarrow.table(rows))
+    assert table.select(["id", "body"]).to_pydict() == rows
+    alone = Embedder(folder, device="cpu").encode(TEXTS[4:7], normalize_embeddings=True, precision="binary")
+    assert np.array_equal(np.stack(table["embedding"].to_numpy()), alone) and alone.dtype == np.int8
+    with pytest.raises(errors.BadParameter, match="columns of the names that are made: embedding"):
+        embeds(table)
+    with pytest.raises(errors.BadParameter, match="no 'body' in the corpus; it has text"):
+        embeds(pyarrow.table({"text": ["w3"]}))
+
+    generates = spread.Generates("body", {"path": tiny_folder, "device": "cpu"}, {"max_tokens": 5}, True)
+    table = generates(pyarrow.table({"body": PROMPTS[:3]}))
+    llm = LLM(tiny_folder, device="cpu", num_blocks=50)
+    params = SamplingParams(max_tokens=5)
+    alone = [llm.chat([{"role": "user", "content": prompt}], params).text for prompt in PROMPTS[:3]]
+    assert table["answer"].to_pylist() == alone
+    assert table["output_tokens"].to_pylist() == [5, 5, 5]
 
 
 def test_what_cannot_be_spread_is_refused(folder: Path, tmp_path: Path) -> None:

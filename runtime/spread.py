@@ -196,6 +196,6 @@ def _resources(cluster: Mapping[str, float], workers: int, device: str | None) -
 
 
 def _ours(error: Exception) -> ParedError:
-    """The error of pared that a worker raised, of which Ray keeps the words alone; else an EngineError that has them."""
+    """The error of pared that a worker raised, of which Ray keeps the words alone; else an EngineError."""
     told = re.findall(r"^pared\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
     return getattr(errors, told[-1][0])(told[-1][1]) if told else EngineError(f"a worker failed: {error}")

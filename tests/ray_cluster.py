@@ -18,6 +18,7 @@ import pytest
 from pared.tests.serving import eventually, free_port
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'pared[ray]'")
+imports_ray = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own, of pydantic
 PATIENCE = {
     "RAY_agent_register_timeout_ms": "300000",
     "RAY_worker_register_timeout_seconds": "300",

@@ -33,4 +33,4 @@ class Replica:
                 raise part.error or EngineStopped("the engine has not been started")
 
 
-application = Replica.bind()
+application = Replica.bind()  # type: ignore[attr-defined]

@@ -74,7 +74,7 @@ def generate(
     field: Annotated[str, typer.Option(help="With --ray: where the prompt is, in JSON lines and parquet.")] = "text",
 ) -> None:
     """Continue a prompt, or answer it with --chat. With --ray: each prompt of .txt (one a line), .jsonl or .parquet."""
-    options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     options |= {"min_p": min_p, "seed": seed, "stop": stop and tuple(stop)}
     if ray is not None:
         model = {"path": path, "dtype": dtype and dtype.value, "device": device, "strict": strict}

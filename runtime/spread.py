@@ -9,12 +9,14 @@ OUT appears when it is whole. What was interrupted begins anew: `corpus.py`, on 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import errors
 from ..compact import open_folder
 from ..embedding import why_not
 from ..errors import BadParameter, EngineError, FolderExists, ParedError
@@ -137,7 +139,8 @@ def _run(spread: Spread, worker: type, arguments: tuple[Any, ...], rows: int, mo
     draft = spread.out.with_name(f"{spread.out.name}.{os.getpid()}.partial")
     draft.mkdir(parents=True)
     try:
-        made = corpus.map_batches(
+        batches = corpus.repartition(target_num_rows_per_block=rows)  # else a file may be one worker's alone
+        made = batches.map_batches(
             worker,
             fn_constructor_args=arguments,
             compute=ray.data.ActorPoolStrategy(size=spread.workers),
@@ -148,7 +151,7 @@ def _run(spread: Spread, worker: type, arguments: tuple[Any, ...], rows: int, mo
         made.write_parquet(str(draft))
         os.replace(draft, spread.out)
     except Exception as error:
-        raise _ours(error) from error
+        raise _ours(error) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     parquet = pyarrow()[1]
@@ -192,9 +195,7 @@ def _resources(cluster: Mapping[str, float], workers: int, device: str | None) -
     return {"num_cpus": held, "num_gpus": min(gpus, 1), "runtime_env": threads}
 
 
-def _ours(error: Exception) -> Exception:
-    """The error of pared that a worker raised, out of what Ray has put around it; else an EngineError that tells it."""
-    inner: BaseException | None = error
-    while inner is not None and not isinstance(inner, ParedError):
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return inner if isinstance(inner, ParedError) else EngineError(f"a worker failed: {error}")
+def _ours(error: Exception) -> ParedError:
+    """The error of pared that a worker raised, of which Ray keeps the words alone; else an EngineError."""
+    told = re.findall(r"^pared\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+    return getattr(errors, told[-1][0])(told[-1][1]) if told else EngineError(f"a worker failed: {error}")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ import pytest
 from pared.tests.serving import eventually, free_port
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'pared[ray]'")
+imports_ray = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own, of pydantic
 PATIENCE = {
     "RAY_agent_register_timeout_ms": "300000",
     "RAY_worker_register_timeout_seconds": "300",
@@ -48,25 +49,41 @@ def environment() -> Iterator[dict[str, str]]:
 @contextmanager
 def cluster(variables: dict[str, str]) -> Iterator[str]:
     """The address of a running head node with two CPUs. At the end nothing of it may be left."""
-    port = free_port()
+    nodes: list[subprocess.Popen] = []
+    try:
+        address = None
+        while address is None:
+            assert len(nodes) < 4, (Path(variables["RAY_TMPDIR"]) / "head.log").read_text()
+            address = _start(variables, nodes)
+        yield address
+    finally:
+        _end(variables)
+        for node in nodes:
+            node.wait(60)
+
+
+def _start(variables: dict[str, str], nodes: list[subprocess.Popen]) -> str | None:
+    """Start a head node: its address, or None where that took longer than the 30 seconds which Ray gives itself."""
+    port, log = free_port(), Path(variables["RAY_TMPDIR"]) / "head.log"
     command = [program("ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={port}"]
     command += ["--include-dashboard=false", "--object-store-memory=80000000"]
     for option in ("metrics-export", "dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent"):
         command.append(f"--{option}-port={free_port()}")
-    log = Path(variables["RAY_TMPDIR"]) / "head.log"
     with log.open("w") as out:
         node = subprocess.Popen(command, env=variables, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        eventually(lambda: node.poll() is not None or "runtime started" in log.read_text(), 300, pause=0.5)
-        assert node.poll() is None, log.read_text()
-        yield f"127.0.0.1:{port}"
-    finally:
-        node.send_signal(signal.SIGTERM)
-        try:
-            eventually(lambda: node.poll() is not None and not processes(variables), 60, pause=0.5)
-        finally:
-            for process in processes(variables):
-                os.kill(process, signal.SIGKILL)
+    nodes.append(node)
+    eventually(lambda: node.poll() is not None or "runtime started" in log.read_text(), 300, pause=0.5)
+    return None if node.poll() is not None else f"127.0.0.1:{port}"
+
+
+def _end(variables: dict[str, str]) -> None:
+    """End what was started, and wait for it."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        for process in processes(variables):
+            os.kill(process, sign)
+        with suppress(AssertionError):
+            eventually(lambda: not processes(variables), 30, pause=0.5)
+    assert not processes(variables)
 
 
 def processes(variables: dict[str, str], named: str = "") -> list[int]:

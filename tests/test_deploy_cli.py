@@ -73,6 +73,7 @@ def test_what_is_wrong_is_said(pared: Run, tiny_folder: Path, tmp_path: Path) ->
 
 
 @ray_cluster.needs_ray
+@ray_cluster.imports_ray
 def test_ray_serve_takes_the_file(pared: Run, tiny_folder: Path, tmp_path: Path) -> None:
     from ray.serve.schema import ServeDeploySchema
 

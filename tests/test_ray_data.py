@@ -20,7 +20,7 @@ from pared.tests import ray_cluster
 from pared.tests.test_embed import encoder, text
 
 TEXTS = [text(3 + i % 17, 30 + i % 7, *[5] * (i % 4)) for i in range(40)]
-PROMPTS = [f"prompt number {i}" for i in range(40)]
+PROMPTS = [f"prompt number {i}" for i in range(600)]
 TESTS = Path(__file__).resolve().parent
 Pared = Callable[..., subprocess.CompletedProcess]
 
@@ -47,7 +47,8 @@ def corpus(home: Path, texts: list[str], kind: str) -> Path:
     """A folder of four files, whose names have an order."""
     home.mkdir()
     for part in range(4):
-        rows = [{"id": i, "body": texts[i]} for i in range(10 * part, 10 * part + 10)]
+        each = len(texts) // 4
+        rows = [{"id": i, "body": texts[i]} for i in range(each * part, each * part + each)]
         path = home / f"part-{part}{kind}"
         if kind == ".jsonl":
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -84,7 +85,8 @@ def test_answers_are_those_of_one_process(pared: Pared, tiny_folder: Path, tmp_p
     assert done.returncode == 0, done.stderr
     table = read(out)
     alone = LLM(tiny_folder, device="cpu", num_blocks=100).generate(PROMPTS, SamplingParams(**sampling))
-    assert table["id"].to_pylist() == list(range(40))
+    assert table["id"].to_pylist() == list(range(600))
+    assert len(list(out.glob("*.parquet"))) > 1  # or one worker has had it all
     assert table["answer"].to_pylist() == [output.text for output in alone]
     assert table["finish_reason"].to_pylist() == [output.finish_reason for output in alone]
     assert table["output_tokens"].to_pylist() == [len(output.token_ids) for output in alone]
@@ -100,7 +102,28 @@ def test_a_wrong_text_is_one_message_and_leaves_nothing(pared: Pared, folder: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-# --- refused before anything runs ---------------------------------------------------------------------
+# --- without a cluster --------------------------------------------------------------------------------
+
+
+def test_a_worker_adds_its_columns(folder: Path, tiny_folder: Path) -> None:
+    rows = {"id": [4, 5, 6], "body": TEXTS[4:7]}
+    embeds = spread.Embeds("body", {"path": folder, "device": "cpu"}, Options(normalize=True, precision="binary"))
+    table = embeds(pyarrow.table(rows))
+    assert table.select(["id", "body"]).to_pydict() == rows
+    alone = Embedder(folder, device="cpu").encode(TEXTS[4:7], normalize_embeddings=True, precision="binary")
+    assert np.array_equal(np.stack(table["embedding"].to_numpy()), alone) and alone.dtype == np.int8
+    with pytest.raises(errors.BadParameter, match="columns of the names that are made: embedding"):
+        embeds(table)
+    with pytest.raises(errors.BadParameter, match="no 'body' in the corpus; it has text"):
+        embeds(pyarrow.table({"text": ["w3"]}))
+
+    generates = spread.Generates("body", {"path": tiny_folder, "device": "cpu"}, {"max_tokens": 5}, True)
+    table = generates(pyarrow.table({"body": PROMPTS[:3]}))
+    llm = LLM(tiny_folder, device="cpu", num_blocks=50)
+    params = SamplingParams(max_tokens=5)
+    alone = [llm.chat([{"role": "user", "content": prompt}], params).text for prompt in PROMPTS[:3]]
+    assert table["answer"].to_pylist() == alone
+    assert table["output_tokens"].to_pylist() == [5, 5, 5]
 
 
 def test_what_cannot_be_spread_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def log_of(deployed: Deployed, process: int) -> list[str]:
     return [line for log in logs for line in log.read_text().splitlines()]
 
 
+@ray_cluster.imports_ray
 @pytest.mark.anyio
 async def test_a_replica_is_well_as_long_as_its_engine_lives() -> None:
     from pared.ray_serve import Replica

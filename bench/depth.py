@@ -19,7 +19,7 @@ from .tables import Table
 
 PERCENTS = (10, 20)
 SAMPLES, LENGTH = 16, 512
-PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 9
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 15
 RESULTS = record.RESULTS / "depth_sleb"
 WORK = quality.ROOT / ".data" / "depth"
 PROTOCOL = (

@@ -22,7 +22,7 @@ from pared.errors import KernelError
 from pared.kernels import routed_ffn
 from pared.runtime.llm import LLM
 from pared.runtime.params import SamplingParams
-from pared.tests import tiny
+from pared.tests import tiny, trained
 from pared.tests.test_pruning import Words
 
 X = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
@@ -153,6 +153,26 @@ def test_decisions_are_compared_for_every_row_that_is_trained(packable, monkeypa
     assert 0 < row["sparsity"] < 1
     out = capsys.readouterr().out
     assert out.count("ours, ") == 3 and "eta" in out
+
+
+def test_bf16_turns_few_decisions_of_a_trained_model(packable, monkeypatch):
+    """The whole model in bf16, gathered: no more than torch's own bf16 does, but for chance (four sigma)."""
+
+    def turned(layers: list[float]) -> float:
+        return sum(layers) * 32 * 16 * 6
+
+    source = open_source(trained.checkpoint(packable / "trained"))
+    monkeypatch.setattr(quality, "source", lambda: source)
+    monkeypatch.setattr(routed, "fresh", trained.model)
+    monkeypatch.setattr(routed, "TRAINING", routed.TRAINING | {"tokens": 1280})
+    monkeypatch.setattr(routed_decisions, "WINDOWS", 32)
+    model, _ = routed.trained(routed.SETTINGS[1])
+    found = routed_decisions.measure(model)
+    assert found["decisions"] == 32 * 16 * 6 * 6
+    torchs = turned(found["masked, bf16"])
+    for way, one in found["ways"].items():
+        assert turned(one["masked, fp32"]) <= torchs + 4 * torchs**0.5, way
+    assert 0.05 < found["sparsity"] < 0.95
 
 
 def test_wrong_decisions_are_errors(packable, monkeypatch):

@@ -107,4 +107,5 @@ def variables(options: dict[str, Any]) -> dict[str, str]:
     """Options of `pared serve` that are not at their defaults, by their variables."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(serve).parameters.items()}
     given = {name: value for name, value in options.items() if name not in LISTENS and value != defaults[name]}
-    return {f"PARED_{name.upper()}": str(value) for name, value in plain(given).items()}
+    texts = {name: " ".join(value) if isinstance(value, list) else str(value) for name, value in plain(given).items()}
+    return {f"PARED_{name.upper()}": text for name, text in texts.items()}

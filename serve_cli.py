@@ -132,7 +132,7 @@ def serve(
     with open_folder(path) as folder:
         service.folder = folder_report(folder).as_json()
     if context.obj is not None:  # called by `application`
-        return context.obj(service, api_key_file, log_level.value)
+        return context.obj(service, binding.origins, api_key_file, log_level.value)
     return run.serve(service, binding, api_key_file, log_level.value)
 
 

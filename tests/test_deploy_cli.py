@@ -28,6 +28,7 @@ def test_options_become_variables(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "keys").write_text("one\ntwo\n")
     options = ["--name", "tiny", "--device", "cpu", "--max-batch", 3, "--no-prefix-caching", "--api-key-file", "keys"]
+    options += ["--allow-origin", "http://a.example", "--allow-origin", "http://b.example"]
     binding = ["--host", "0.0.0.0", "--port", 8123, "--certificate", "c.pem", "--private-key", "k.pem"]
     told = written(pared, tiny_folder, tmp_path / "serve.yaml", "--replicas", 2, "--cpus", 1.5, *options, *binding)
     http = {"host": "0.0.0.0", "port": 8123, "root_path": ""}
@@ -38,6 +39,7 @@ def test_options_become_variables(
     assert app["runtime_env"]["env_vars"] == {
         "PARED_PATH": str(tiny_folder),
         "PARED_NAME": "tiny",
+        "PARED_ALLOW_ORIGIN": "http://a.example http://b.example",
         "PARED_API_KEY_FILE": str(tmp_path / "keys"),
         "PARED_DEVICE": "cpu",
         "PARED_MAX_BATCH": "3",
@@ -48,7 +50,10 @@ def test_options_become_variables(
     assert deployment["ray_actor_options"] == {"num_cpus": 1.5, "num_gpus": 0}
     for name, value in app["runtime_env"]["env_vars"].items():
         monkeypatch.setenv(name, value)
-    service = application().state.service
+    app = application()
+    service = app.state.service
+    (shared,) = [one.kwargs["allow_origins"] for one in app.user_middleware if "allow_origins" in one.kwargs]
+    assert list(shared) == ["http://a.example", "http://b.example"]
     assert (service.name, service.llm.core.scheduler.max_batch) == ("tiny", 3)
     assert service.llm.model.device.type == "cpu" and service.limits.waiting == 256
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -55,10 +56,12 @@ class Server(uvicorn.Server):
 def serve(service: Service, binding: Binding, key_file: Path | None, log_level: str) -> None:
     """Serve until a signal comes."""
     where = str(binding.socket) if binding.socket else f"{binding.host}:{binding.port}"
-    Server(configuration(application(service, key_file, log_level, where), binding)).run()
+    Server(configuration(application(service, binding.origins, key_file, log_level, where), binding)).run()
 
 
-def application(service: Service, key_file: Path | None, log_level: str, where: str | None = None) -> FastAPI:
+def application(
+    service: Service, origins: Sequence[str], key_file: Path | None, log_level: str, where: str | None = None
+) -> FastAPI:
     """The application with its keys, and the log that it writes. where: it listens, if that is known."""
     configure(log_level)
     keys = Keys(read_keys(key_file))
@@ -66,7 +69,7 @@ def application(service: Service, key_file: Path | None, log_level: str, where: 
     if service.generator is not None:  # what a request gets that asks for nothing else
         line["sampling"] = asdict(service.llm.default_params)
     log.info("serving", extra={"line": line})
-    return create_app(service, keys, binding.origins)
+    return create_app(service, keys, origins)
 
 
 def configuration(app: FastAPI, binding: Binding) -> uvicorn.Config:

@@ -68,11 +68,16 @@ def test_a_wrong_command_line_is_refused(pared: Run, arguments: list[str]) -> No
     assert "Error" in err
 
 
+def unframed(err: str) -> str:
+    """What a framed error says, without its spaces: lines break wherever the paths in them make them."""
+    return re.sub(r"[\s│]", "", err)
+
+
 def test_our_errors_are_one_block(pared: Run, tmp_path: Path) -> None:
     status, out, err = pared("inspect", tmp_path / "nowhere")
     assert status == 1
     assert out == ""
-    assert "FolderError" in err and "nowhere" in err.replace("\n", "")
+    assert "FolderError" in err and "nowhere" in unframed(err)
     assert "Traceback" not in err
 
 
@@ -187,7 +192,7 @@ def test_eval(pared: Run, tiny_folder: Path, tmp_path: Path) -> None:
     assert head.split() == ["model", "disk", "memory", "bytes", "per", "token", "tokens/s", "perplexity"]
     assert [line.split()[-1] for line in lines] == [f"{row['perplexity']:.3f}"] * 2
     assert "--tasks" in pared("eval", tiny_folder)[2]
-    assert "cannot be read" in pared("eval", tiny_folder, "--text", tmp_path / "none")[2]
+    assert "cannotberead" in unframed(pared("eval", tiny_folder, "--text", tmp_path / "none")[2])
 
 
 def test_bench(pared: Run, tiny_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,17 @@ from pared.tests.test_cli import Run
 from pared.tests.test_cli import pared as pared  # a fixture
 
 
+@pytest.fixture
+def logs() -> Iterator[None]:
+    """An application writes its log to this test's stderr; the next test has another."""
+    loggers = [logging.getLogger(name) for name in ("pared", "uvicorn")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
 def written(pared: Run, folder: Path, out: Path, *options: object) -> dict[str, Any]:
     status, printed, err = pared("deploy", "ray", folder, out, *options)
     assert status == 0, err
@@ -23,7 +36,7 @@ def written(pared: Run, folder: Path, out: Path, *options: object) -> dict[str, 
 
 
 def test_options_become_variables(
-    pared: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pared: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "keys").write_text("one\ntwo\n")

@@ -20,7 +20,7 @@ from .reply_schema import ServerInfo
 from .service import Service
 
 _WEB = Path(__file__).resolve().parent / "web"
-SHOWN = ("stock", "disk_bytes", "kinds", "total", "provenance")
+SHOWN = ("stock", "disk_bytes", "kinds", "total", "provenance", "sleep")
 """Of what `pared inspect` knows: not the path."""
 
 

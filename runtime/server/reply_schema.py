@@ -224,14 +224,23 @@ class Stored(Reply):
     dense_bytes: int
 
 
+class Sleep(Reply):
+    """What a token leaves out of routed FFNs, by the text of the conversion: share of groups by layer, and bytes."""
+
+    text: str
+    layers: dict[str, float]
+    saved_bytes: int
+
+
 class FolderInfo(Reply):
-    """What `pared inspect` shows. provenance: source, methods and what was measured."""
+    """What `pared inspect` shows. provenance: source, methods and what was measured. sleep: where FFNs are routed."""
 
     stock: bool
     disk_bytes: int
     kinds: list[Stored]
     total: Stored
     provenance: dict[str, Any]
+    sleep: Sleep | None
 
 
 class ServerInfo(Reply):

@@ -80,6 +80,8 @@ def generate(
         model = {"path": path, "dtype": dtype and dtype.value, "device": device, "strict": strict}
         _generate_all(ray, Path(prompt), out, field, {**model, "int8_head": int8_head}, _given(options), as_chat)
         return
+    if out is not None:
+        raise BadParameter("--out is for the answers of a corpus: give --ray WORKERS with it")
     llm = _load(path, dtype, device, strict, int8_head)
     params = _params(llm, options)
     asked: Any = llm.tokenizer.chat([{"role": "user", "content": prompt}]) if as_chat else prompt

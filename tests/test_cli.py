@@ -81,6 +81,11 @@ def test_our_errors_are_one_block(pared: Run, tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
+def test_a_place_for_answers_takes_workers(pared: Run, tmp_path: Path) -> None:
+    status, _, err = pared("generate", tmp_path, "a prompt", "--out", tmp_path / "answers")
+    assert status == 1 and "give--ray" in unframed(err)
+
+
 def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from pared.errors import FolderError
 

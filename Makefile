@@ -36,7 +36,9 @@ demo: $(READY) $(TEXTS)
 	@$(BIN)/python -m pared.bench.demo demo/smollm2
 
 test: lint $(TEXTS)
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal --ignore-glob='*/test_ray_*'
+	@echo "Now what starts clusters, which want the machine to themselves"
+	$(BIN)/pytest tests/test_ray_*.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

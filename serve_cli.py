@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,13 +128,15 @@ def serve(
         max_waiting, max_prompts, max_texts, max_n, max_prompt_tokens, max_body_bytes, body_seconds, drain_seconds
     )
     binding = run.Binding(host, port, socket, certificate, private_key, root_path, tuple(allow_origin))
-    service = opening.open_service(path, name or path.resolve().name, bounds, wanted)
-    service.spans = tracing.Spans(otlp_endpoint, service.name) if otlp_endpoint else None
-    with open_folder(path) as folder:
-        service.folder = folder_report(folder).as_json()
-    if context.obj is not None:  # called by `application`
+    own = context.obj is None  # else called by `application`
+    with binding.taken() if own else nullcontext() as sockets:
+        service = opening.open_service(path, name or path.resolve().name, bounds, wanted)
+        service.spans = tracing.Spans(otlp_endpoint, service.name) if otlp_endpoint else None
+        with open_folder(path) as folder:
+            service.folder = folder_report(folder).as_json()
+        if own:
+            return run.serve(service, binding, sockets, api_key_file, log_level.value)
         return context.obj(service, binding.origins, api_key_file, log_level.value)
-    return run.serve(service, binding, api_key_file, log_level.value)
 
 
 def application() -> Any:

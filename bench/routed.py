@@ -27,8 +27,7 @@ TRAINING = {
     "lam": 0.02,
     "lr": 1e-4,
     "router_lr": 5e-3,
-    "batch": 2,
-    "accumulate": 2,
+    "batch": 4,
     "length": LENGTH,
     "tokens": TOKENS,
 }
@@ -72,7 +71,7 @@ class Setting:
         return f"lte:size={SIZE},eta={self.eta:g}," + ",".join(f"{key}={value}" for key, value in TRAINING.items())
 
 
-SETTINGS = tuple(Setting(eta) for eta in (1.0, 4.0, 8.0, 16.0))
+SETTINGS = tuple(Setting(eta) for eta in (0.25, 0.5, 1.0, 2.0))
 
 
 def main() -> None:
@@ -239,13 +238,13 @@ def static_trained(setting: Setting) -> Any:
     from ..converters.record import Record
     from ..converters.routed import routed
 
-    model, kept = grouped(finetuned((1,)), setting, static), dict[int, torch.Tensor]()
+    model = grouped(finetuned((1,)), setting, static)
     for module in routed(model).values():
         x, neurons = torch.empty(1, module.up.in_features), torch.empty(1, module.up.out_features)
-        kept[id(module)] = module.rule(module, x, neurons)[0]
+        module.register_buffer("kept", module.rule(module, x, neurons)[0])
 
     def rule(mlp: Any, _: Any, neurons: torch.Tensor) -> torch.Tensor:
-        return kept[id(mlp)].expand(*neurons.shape[:-1], -1)
+        return mlp.kept.expand(*neurons.shape[:-1], -1)
 
     record = Record(WORK / f"static-{setting.name}")
     lte.train_stage(model, calibration(), record, params(setting), 2, progress=True, rule=rule)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -17,8 +16,8 @@ from ..errors import BadParameter
 from .record import Record
 
 SAVE_EVERY = 25  # steps
+WORTH_COMPILING = 60  # steps: compiling costs about as long as it saves in thirty
 _ADAPTER = "default"
-_NOTHING = -100
 Factors = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -121,9 +120,29 @@ def _backward(loss_of: Callable[[int], torch.Tensor], parts: range) -> float:
 def next_token_loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the next token over windows [B, T]."""
     with fast_products(model):
-        logits = model(input_ids=tokens, use_cache=False).logits
-    following = F.pad(tokens[:, 1:], (0, 1), value=_NOTHING)  # cheaper than to leave the last logits out
-    return F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), ignore_index=_NOTHING)
+        return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+@contextlib.contextmanager
+def compiled(model: PreTrainedModel, layers: Sequence[nn.Module], steps: int) -> Iterator[None]:
+    """While open, decoder layers and the loss are fused by torch.compile, where `steps` are many enough to pay for it.
+
+    All layers share one graph. What cannot be compiled, for want of a C++ compiler say, runs as it is.
+    """
+    if steps < WORTH_COMPILING:
+        yield
+        return
+    loss_function = model.loss_function
+    with torch._dynamo.config.patch(suppress_errors=True):
+        try:
+            model.loss_function = torch.compile(loss_function, dynamic=False)
+            for layer in layers:
+                layer.compile(dynamic=False)
+            yield
+        finally:
+            model.loss_function = loss_function
+            for layer in layers:
+                layer._compiled_call_impl = None
 
 
 def tenths(losses: Sequence[float]) -> list[float | None]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -62,6 +62,21 @@ def cluster(variables: dict[str, str]) -> Iterator[str]:
             node.wait(60)
 
 
+@contextmanager
+def serving(config: Path, variables: dict[str, str], ready: Callable[[], bool]) -> Iterator[None]:
+    """`serve run` of a file that `pared deploy ray` has written, on a cluster of its own, once it is ready."""
+    with cluster(variables) as head, (config.parent / "log").open("w+") as log:
+        run = [program("serve"), "run", "--address", head, str(config)]
+        process = subprocess.Popen(run, cwd=config.parent, env=variables, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            eventually(lambda: process.poll() is not None or ready(), 400, pause=0.5)
+            assert process.poll() is None, Path(log.name).read_text()
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(120)
+
+
 def _start(variables: dict[str, str], nodes: list[subprocess.Popen]) -> str | None:
     """Start a head node: its address, or None where that took longer than the 30 seconds which Ray gives itself."""
     port, log = free_port(), Path(variables["RAY_TMPDIR"]) / "head.log"
@@ -78,11 +93,12 @@ def _start(variables: dict[str, str], nodes: list[subprocess.Popen]) -> str | No
 
 def _end(variables: dict[str, str]) -> None:
     """End what was started, and wait for it."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
+    for sign, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 30)):
         for process in processes(variables):
-            os.kill(process, sign)
+            with suppress(ProcessLookupError):
+                os.kill(process, sign)
         with suppress(AssertionError):
-            eventually(lambda: not processes(variables), 30, pause=0.5)
+            eventually(lambda: not processes(variables), seconds, pause=0.5)
     assert not processes(variables)
 
 

@@ -57,18 +57,10 @@ def deployed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     place = ["--replicas", "2", "--cpus", "0.5", "--name", MODEL, "--port", str(port)]
     write = ["deploy", "ray", str(tiny_folder), str(home / "serve.yaml"), "--api-key-file", str(home / "keys"), *place]
     subprocess.run([sys.executable, "-m", "pared.cli", *write, *OPTIONS.split()], cwd=TESTS, check=True)
-    with ray_cluster.environment() as variables, ray_cluster.cluster(variables) as head:
-        run = [ray_cluster.program("serve"), "run", "--address", head, str(home / "serve.yaml")]
-        with (home / "log").open("w") as log:
-            serving = subprocess.Popen(run, cwd=TESTS, env=variables, stdout=log, stderr=subprocess.STDOUT)
+    with ray_cluster.environment() as variables:
         found = Deployed(f"http://127.0.0.1:{port}", variables)
-        try:
-            eventually(lambda: serving.poll() is not None or ready(found), 400, pause=0.5)
-            assert serving.poll() is None, (home / "log").read_text()
+        with ray_cluster.serving(home / "serve.yaml", variables, lambda: ready(found)):
             yield found
-        finally:
-            serving.send_signal(signal.SIGINT)
-            serving.wait(120)
 
 
 def ready(deployed: Deployed) -> bool:

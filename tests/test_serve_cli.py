@@ -97,7 +97,7 @@ def test_every_option_is_a_variable_and_shows_its_default(
 def test_a_wrong_folder_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["pared", "serve", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["pared", "serve", str(tmp_path), "--port", str(free_port())])
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 1

@@ -29,7 +29,7 @@ from ..record import Record
 from ..routed import Groups, Rule, awake, hard, place, routed, soft
 from ..routed_training import Trained, changed, efficiency, live, opened, separability, under
 from ..routing import begin, route
-from ..training import fastest_device, next_token_loss, tenths, train
+from ..training import compiled, fastest_device, next_token_loss, tenths, train
 
 NAME = "lte"
 WARM_UP = 0.06  # share of a stage's steps over which the learning rate rises; after it, it falls to zero
@@ -191,7 +191,10 @@ def train_stage(
         steps = len(batches) // params.accumulate
         under(model, rule or (soft if stage == 1 else hard))
         saved = Record(record.folder / part)
-        with opened(model, params.train, stage == 1, params.r, params.alpha, params.seed):
+        with (
+            opened(model, params.train, stage == 1, params.r, params.alpha, params.seed),
+            compiled(model, _decoder_layers(model), steps),
+        ):
             losses, complaint = train(
                 model,
                 steps,
@@ -211,6 +214,11 @@ def train_stage(
     for name, tensor in record.tensors(part).items():
         model.get_parameter(name).data.copy_(tensor)
     return record.facts(part)
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    spec = families.read(model.config.to_dict())
+    return [model.get_submodule(spec.path(i, "").rstrip(".")) for i in range(len(spec.layers))]
 
 
 def _loss(

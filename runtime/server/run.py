@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import ssl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from socket import SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, getaddrinfo
+from socket import socket as Socket
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from ...errors import BadParameter
 from .app import create_app, drain
 from .limits import Keys, read_keys
 from .logs import configure
@@ -24,7 +29,7 @@ log = logging.getLogger("pared.server")
 @dataclass(frozen=True)
 class Binding:
     """Where to listen, and to whom. socket: a unix socket in place of host and port. certificate, private_key: files
-    for TLS. origins: whose pages may ask from a browser (CORS)."""
+    for TLS. origins: whose pages may ask from a browser (CORS). Raises BadParameter for files that are of no use."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -33,6 +38,42 @@ class Binding:
     private_key: Path | None = None
     root_path: str = ""
     origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.socket and not self.socket.parent.is_dir():
+            raise BadParameter(f"--socket: {self.socket.parent} is no folder; make it first")
+        if self.private_key and not self.certificate:
+            raise BadParameter("--private-key is of use with its --certificate only")
+        if self.certificate:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.private_key)
+            except OSError as error:  # SSLError is one
+                files = " and ".join(str(file) for file in (self.certificate, self.private_key) if file)
+                raise BadParameter(f"{files} cannot be used for TLS: {error}; PEM files are needed") from None
+
+    @property
+    def where(self) -> str:
+        return str(self.socket) if self.socket else f"{self.host}:{self.port}"
+
+    @contextmanager
+    def taken(self) -> Iterator[list[Socket] | None]:
+        """While open, host and port are ours: who cannot have them is told before a model is loaded.
+
+        Nobody is let in before the server listens. None for a unix socket. Raises BadParameter.
+        """
+        if self.socket:
+            yield None
+            return
+        try:
+            family, kind, protocol, _, address = getaddrinfo(self.host, self.port, type=SOCK_STREAM)[0]
+            own = Socket(family, kind, protocol)
+            own.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+            own.bind(address)
+        except OSError as error:
+            said = f"cannot listen at {self.where}: {error.strerror}; choose another --port or --host"
+            raise BadParameter(said) from None
+        with own:
+            yield [own]
 
 
 class Server(uvicorn.Server):
@@ -53,10 +94,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(service: Service, binding: Binding, key_file: Path | None, log_level: str) -> None:
-    """Serve until a signal comes."""
-    where = str(binding.socket) if binding.socket else f"{binding.host}:{binding.port}"
-    Server(configuration(application(service, binding.origins, key_file, log_level, where), binding)).run()
+def serve(
+    service: Service, binding: Binding, sockets: list[Socket] | None, key_file: Path | None, log_level: str
+) -> None:
+    """Serve until a signal comes. sockets: of `binding.taken()`."""
+    app = application(service, binding.origins, key_file, log_level, binding.where)
+    Server(configuration(app, binding)).run(sockets)
 
 
 def application(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import BadParameter
+from ..kernels.native.build import BuildFailed, compiler
 from .record import Record
 
 SAVE_EVERY = 25  # steps
@@ -127,9 +128,9 @@ def next_token_loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tenso
 def compiled(model: PreTrainedModel, layers: Sequence[nn.Module], steps: int) -> Iterator[None]:
     """While open, decoder layers and the loss are fused by torch.compile, where `steps` are many enough to pay for it.
 
-    All layers share one graph. What cannot be compiled, for want of a C++ compiler say, runs as it is.
+    All layers share one graph. What cannot be compiled runs as it is.
     """
-    if steps < WORTH_COMPILING:
+    if steps < WORTH_COMPILING or (model.device.type == "cpu" and not _has_compiler()):
         yield
         return
     loss_function = model.loss_function
@@ -143,6 +144,13 @@ def compiled(model: PreTrainedModel, layers: Sequence[nn.Module], steps: int) ->
             model.loss_function = loss_function
             for layer in layers:
                 layer._compiled_call_impl = None
+
+
+def _has_compiler() -> bool:
+    try:
+        return bool(compiler())
+    except BuildFailed:
+        return False
 
 
 def tenths(losses: Sequence[float]) -> list[float | None]:

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from pared import families
 from pared.converters import recipe, training
@@ -22,6 +23,7 @@ from pared.converters.router_start import start_routers
 from pared.converters.routing import first_weight, route
 from pared.errors import BadParameter, SourceError
 from pared.kernels import routed_ffn
+from pared.kernels.native import library
 from pared.tests import tiny
 from pared.tests.test_pruning import Words
 
@@ -253,6 +255,38 @@ def test_parts_of_a_step_add_up_to_the_step(tmp_path):
     parts = search(frozen(), Record(tmp_path / "parts"), batch=2, accumulate=2)
     for stage in ("stage-1", "stage-2"):
         assert parts.facts(stage)["loss"] == pytest.approx(whole.facts(stage)["loss"], rel=2e-3)
+
+
+its_own_warnings = pytest.mark.filterwarnings("ignore")  # torch's compiler touches what torch warns about
+
+
+@pytest.fixture
+def compiling(monkeypatch, tmp_path):
+    """Every training is long enough to be compiled, and nothing has been so far."""
+    monkeypatch.setattr(training, "WORTH_COMPILING", 1)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters["stats"]
+    torch._dynamo.reset()
+
+
+@its_own_warnings
+@pytest.mark.skipif(library.load() is None, reason="compiling takes a C++ compiler, as the native kernels do")
+def test_compiled_layers_train_as_they_are(tmp_path, monkeypatch, compiling):
+    compiled = search(frozen(), Record(tmp_path / "compiled"))
+    assert compiling["unique_graphs"] >= 3  # a layer under each rule, the loss
+    monkeypatch.undo()
+    plain = search(frozen(), Record(tmp_path / "plain"))
+    for stage in ("stage-1", "stage-2"):
+        assert compiled.facts(stage)["loss"] == pytest.approx(plain.facts(stage)["loss"], rel=2e-3)
+
+
+def test_without_a_compiler_it_trains_all_the_same(tmp_path, monkeypatch, compiling):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    trained = search(frozen(), Record(tmp_path / "trained"))
+    assert not compiling["unique_graphs"]
+    assert all(len(trained.facts(stage)["loss"]) == 10 for stage in ("stage-1", "stage-2"))
 
 
 class Killed(Exception):

@@ -23,8 +23,8 @@ RESULTS = ROOT / "bench" / "results" / "quality_routed"
 WORK = ROOT / ".data" / "routed"
 SIZE, TOKENS, LENGTH = 32, 204_800, 512
 TRAINING = {
-    "start": 0.65,
-    "lam": 0.02,
+    "start": 0.5,
+    "lam": 0.002,
     "lr": 1e-4,
     "router_lr": 5e-3,
     "batch": 4,
@@ -71,7 +71,7 @@ class Setting:
         return f"lte:size={SIZE},eta={self.eta:g}," + ",".join(f"{key}={value}" for key, value in TRAINING.items())
 
 
-SETTINGS = tuple(Setting(eta) for eta in (0.25, 0.5, 1.0, 2.0))
+SETTINGS = tuple(Setting(eta) for eta in (1.0, 2.0, 4.0, 8.0))
 
 
 def main() -> None:

@@ -161,8 +161,8 @@ def _masked(x: Tensor, groups: Tensor, biases: Sequence[Tensor | None], chosen: 
 
 
 def prepare(packed: Packed, device: torch.device | str) -> Prepared:
-    """tensors: the weights, two for a CPU (routed_layout.py), groups [rows, G, size, K] and None for Triton, whose gate,
-    up and down so are matrices; gate_bias, up_bias, down_bias or None each; router; counts int64 [3].
+    """tensors: the weights, two for a CPU (routed_layout.py), groups [rows, G, size, K] and None for Triton, so that
+    gate, up and down are matrices; gate_bias, up_bias, down_bias or None each; router; counts int64 [3].
 
     ints: group size, index of the activation in KINDS, 1 with a gate. floats: what a logit has to exceed. `counts`
     grows with every call: rows, groups that they woke, groups that were read.

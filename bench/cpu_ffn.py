@@ -84,13 +84,13 @@ class Ffn:
         """The layer with a router that wakes `share` percent of its groups."""
         import torch
 
-        from ..kernels import routed_ffn
+        from ..kernels import routed_ffn, routed_layout
         from ..kernels.unit import Prepared
 
         router = self.router()
         least = statistics.NormalDist().inv_cdf(1 - share / 100) if share < 100 else -torch.inf
         ins, downs = self.weights.take(2 * self.neurons, HIDDEN), self.weights.take(self.neurons, HIDDEN)
-        laid = (ins.view(-1, 2, GROUP, HIDDEN), downs.view(len(router), -1, GROUP // 2, routed_ffn.TILE_OUTPUTS, 2))
+        laid = (ins.view(-1, 2, GROUP, HIDDEN), downs.view(len(router), -1, GROUP // 2, routed_layout.TILE_OUTPUTS, 2))
         tensors = (*laid, None, None, None, router, torch.zeros(3, dtype=torch.int64))
         ints = (GROUP, routed_ffn.KINDS.index(ACT), 1)
         return Prepared(routed_ffn.NAME, {"m": (HIDDEN,)}, tensors, ints, (least,))

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from . import around as around_ffn
-from . import ops
+from . import ops, routed_layout
 from .dispatch import fallback
 from .fused import ACTIVATIONS, act_reference, gated_act_reference
 from .masked import for_triton
@@ -40,7 +40,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP_SIZES = (8, 16, 32)
 KINDS = tuple(ACTIVATIONS)
 BIASES = ("gate_bias", "up_bias", "down_bias")
-TILE_OUTPUTS = 16
 MOST_ROWS = 512
 """Rows of x that the native kernel takes at once: it keeps all their hidden values and sums."""
 PARAMS = ("group_size", "tau", "activation")
@@ -162,37 +161,20 @@ def _masked(x: Tensor, groups: Tensor, biases: Sequence[Tensor | None], chosen: 
 
 
 def prepare(packed: Packed, device: torch.device | str) -> Prepared:
-    """tensors: the weights, two for a CPU (`_laid_out`), groups [rows, G, size, K] and None for Triton, whose gate, up
-    and down so are matrices; gate_bias, up_bias, down_bias or None each; router; counts int64 [3].
+    """tensors: the weights, two for a CPU (routed_layout.py), groups [rows, G, size, K] and None for Triton, so that
+    gate, up and down are matrices; gate_bias, up_bias, down_bias or None each; router; counts int64 [3].
 
     ints: group size, index of the activation in KINDS, 1 with a gate. floats: what a logit has to exceed. `counts`
     grows with every call: rows, groups that they woke, groups that were read.
     """
     t, params = packed.tensors, packed.params
-    weights = (t["groups"].transpose(0, 1), None) if for_triton(device) else _laid_out(t["groups"])
+    weights = (t["groups"].transpose(0, 1), None) if for_triton(device) else routed_layout.laid_out(t["groups"])
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     tensors = (*weights, *(t.get(role) for role in (*BIASES, "router")), counts)
     moved = tuple(None if tensor is None else tensor.to(device).contiguous() for tensor in tensors)
     outputs: dict[str, tuple[int, ...]] = {path: (n,) for path, (n, _) in packed.modules.items()}
     ints = (params["group_size"], KINDS.index(params["activation"]), t["groups"].shape[1] - 2)
     return Prepared(NAME, outputs, moved, ints, (threshold(params["tau"]),))
-
-
-def _laid_out(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """[G, rows, size, K] as the native kernels read it: gate and up rows [G, rows - 1, size, K], and tiles of down.
-
-    A tile [size / step, TILE_OUTPUTS, step] has the weights of all the group's neurons for neighbouring outputs; bf16
-    neurons lie in pairs, step 2, which is how AVX512-BF16 and AMX multiply them. Outputs behind K are zero.
-    """
-    step, down = _step(groups.dtype), groups[:, -1]
-    down = F.pad(down, (0, -down.shape[2] % TILE_OUTPUTS))
-    tiles = down.unflatten(2, (-1, TILE_OUTPUTS)).unflatten(1, (-1, step)).permute(0, 3, 1, 4, 2)
-    return groups[:, :-1].contiguous(), tiles.contiguous()
-
-
-def _step(dtype: torch.dtype) -> int:
-    """Neurons that lie side by side in a tile of down."""
-    return 2 if dtype == torch.bfloat16 else 1
 
 
 def stack(parts: list[tuple[Prepared, str]]) -> Prepared | None:
@@ -251,7 +233,7 @@ def traffic(packed: Packed, m: int) -> Traffic:
     """With every group awake, which is the most: what `prepare` lays out for a CPU, two flops a weight and row."""
     t = packed.tensors
     weights = t["groups"].numel() + t["router"].numel()
-    counts, spare = 24, -t["router"].shape[1] % TILE_OUTPUTS * t["groups"][:, -1, :, 0].numel()
+    counts, spare = 24, -t["router"].shape[1] % routed_layout.TILE_OUTPUTS * t["groups"][:, -1, :, 0].numel()
     laid = sum(tensor.nbytes for tensor in t.values()) + spare * t["groups"].element_size()
     return Traffic(laid + counts, 2 * m * weights)
 
@@ -323,7 +305,7 @@ def _on_cpu(
         return y
     chosen = _decide_on_cpu(x, router, threshold, awake)
     count(counts, chosen, awake)
-    return _masked(x, _groups(ins, downs), biases, chosen, KINDS[kind])
+    return _masked(x, routed_layout.groups(ins, downs), biases, chosen, KINDS[kind])
 
 
 def _decide_on_cpu(x: Tensor, router: Tensor, threshold: float, awake: Tensor | None) -> Tensor:
@@ -341,12 +323,6 @@ def _parts(x: Tensor, y: Tensor, awake: Tensor | None) -> Iterator[tuple[Tensor,
     for first in range(0, x.shape[0], MOST_ROWS):
         rows = builtins.slice(first, first + MOST_ROWS)
         yield x[rows], y[rows], None if awake is None else awake[rows]
-
-
-def _groups(ins: Tensor, downs: Tensor) -> Tensor:
-    """`_laid_out` undone: [G, rows, size, K]."""
-    down = downs.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
-    return torch.cat([ins, down[:, None, :, : ins.shape[3]]], dim=1)
 
 
 def count(counts: Tensor, chosen: Tensor, awake: Tensor | None) -> None:

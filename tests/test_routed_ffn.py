@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from pathlib import Path
@@ -30,16 +31,17 @@ NATIVE = library.load()
 IN_FP32 = [unit for unit in routed_ffn.cases() if unit.tensors["up"].dtype == torch.float32]
 FAMILIES = ("llama", "llama-tied-biased", "phi3", "opt-projected", "gpt2")
 BATCHES = (1, 2, 7, 64)
+SIZE = 16  # neurons of a group that reveals itself: as few as tiles take
 needs_native = pytest.mark.skipif(NATIVE is None or dispatch.interpreting(), reason="no native kernels")
 
 
 def revealing(inputs: int, groups: int, dtype: torch.dtype, router: torch.Tensor, tau: float = 0.5) -> Unit:
-    """An FFN that says which groups are awake: output g is 8 where group g is, else 0."""
-    neurons = 8 * groups
+    """An FFN that says which groups are awake: output g is SIZE where group g is, else 0."""
+    neurons = SIZE * groups
     down = torch.zeros(inputs, neurons)
-    down[torch.arange(neurons) // 8, torch.arange(neurons)] = 1
+    down[torch.arange(neurons) // SIZE, torch.arange(neurons)] = 1
     tensors = {"up": torch.zeros(neurons, inputs), "down": down, "up_bias": torch.ones(neurons)}
-    params = {"group_size": 8, "tau": tau, "activation": "relu"}
+    params = {"group_size": SIZE, "tau": tau, "activation": "relu"}
     tensors = {role: tensor.to(dtype) for role, tensor in tensors.items()}
     return Unit({"m": (inputs, inputs)}, tensors | {"router": router}, params)
 
@@ -47,8 +49,8 @@ def revealing(inputs: int, groups: int, dtype: torch.dtype, router: torch.Tensor
 def awake(prepared, x: torch.Tensor, groups: int, rows: int) -> torch.Tensor:
     """bool [M, groups]: who was awake when x was computed so many rows at a time."""
     y = torch.cat([routed_ffn.apply(part.contiguous(), prepared, "m") for part in x.split(rows)])
-    assert set(y.flatten().tolist()) <= {0.0, 8.0}
-    return y[:, :groups] == 8
+    assert set(y.flatten().tolist()) <= {0.0, float(SIZE)}
+    return y[:, :groups] == SIZE
 
 
 def test_a_group_lies_together_neuron_by_neuron():
@@ -83,6 +85,36 @@ def test_a_row_decides_the_same_in_any_company(dtype, level, monkeypatch):
     assert 0.1 < first.float().mean() < 0.9
     assert all(torch.equal(first, other) for other in others)
     assert torch.equal(awake(prepared, x.flip(0), 40, 64).flip(0), first)
+
+
+@needs_native
+@pytest.mark.parametrize("inputs", [48, 1000, 4096])
+def test_tiles_decide_as_fp32_sums_do_at_the_very_threshold(inputs):
+    """A threshold that is some row's logit, or the number below it: what is nearest to it must not move."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(70, inputs, generator=generator).bfloat16()
+    router = torch.randn(40, inputs, generator=generator) * inputs**-0.5
+    prepared = routed_ffn.prepare(routed_ffn.encode(revealing(inputs, 40, torch.bfloat16, router)), "cpu")
+    logits = torch.empty(70, 40)
+    NATIVE.route(x, router, logits)
+    for at in logits.flatten()[::28]:
+        for least in (at, at.nextafter(torch.tensor(-torch.inf))):
+            held = dataclasses.replace(prepared, floats=(least.item(),))
+            assert all(torch.equal(awake(held, x, 40, rows), logits > least) for rows in (17, 70))
+
+
+@needs_native
+@pytest.mark.parametrize("router_scale", [0.0, 1e-38, 1e-30, 1e-20, 1.0, 1e18, 1e30])
+def test_tiles_decide_as_fp32_sums_do_at_the_ends_of_fp32(router_scale):
+    """Where tiles flush, overflow or give NaN: logits of each row alone are those that decide."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([0.0, 1e-39, 1e-30, 1e-20, 1.0, 1e20, 1e38])
+    x = (torch.randn(10, 7, 200, generator=generator) * scales[:, None]).flatten(0, 1).bfloat16()
+    router = torch.randn(40, 200, generator=generator) * router_scale
+    prepared = routed_ffn.prepare(routed_ffn.encode(revealing(200, 40, torch.bfloat16, router)), "cpu")
+    assert x.isfinite().all() and router.isfinite().all()
+    decided = routed_ffn.decisions(x, prepared)
+    assert torch.equal(awake(prepared, x, 40, 1), decided) and torch.equal(awake(prepared, x, 40, 70), decided)
 
 
 @needs_native

@@ -251,7 +251,7 @@ class Library:
         self.calls.pared_routed_ffn(*self._run(x), *pointers, gated, KINDS[kind], *sizes, threshold)
 
     def route(self, x: torch.Tensor, router: torch.Tensor, logits: torch.Tensor) -> None:
-        """logits fp32 [M, G] = x [M, K] @ router [G, K]^T, bit for bit what `routed_ffn` decides by."""
+        """logits fp32 [M, G] = x [M, K] @ router [G, K]^T, bit for bit the sums that decide in `routed_ffn`."""
         pointers = (tensor.data_ptr() for tensor in (x, router, logits))
         self.calls.pared_route(*self._run(x), *pointers, *x.shape, len(router))
 

@@ -1,7 +1,8 @@
-// The routed feed-forward layer. Every row of x is routed by itself, in fp32 and in one order of sums; the groups that
-// any row wakes are listed, and the list decides what is read. A sleeping row's hidden values are zero.
+// The routed feed-forward layer. Every row of x is routed by itself, as fp32 sums in one order decide (router.h); the
+// groups that any row wakes are listed, and the list decides what is read. A sleeping row's hidden values are zero.
 #define KERNEL "routed_kernel.h"
 #include "routed.h"
+#include "router.h"
 
 #include "every_level.h"
 
@@ -39,8 +40,9 @@ constexpr i64 RUN_BYTES = 1 << 20;               // of gate and up that are mult
 
 struct RoutedCall final : Call {
     Routed a;
-    Linear router, up;  // up: of one group
-    Rows router_rows, up_rows;
+    Router router;
+    Linear up;  // of one group
+    Rows up_rows;
     Hide hide;
     Down down;
     Finish finish;
@@ -56,7 +58,6 @@ struct RoutedCall final : Call {
         hide = WIDEST_OF(level, dtype, hide);
         down = dtype == BF16 ? down_of_bf16(level, tiles) : WIDEST_OF(level, dtype, down);
         finish = WIDEST_OF(level, dtype, finish);
-        router_rows = fp32_rows_of(level, dtype);
         together = most(1, RUN_BYTES / (a.rows() * a.k * element()));
     }
 
@@ -73,25 +74,30 @@ struct RoutedCall final : Call {
         a.hidden = scratch.take<char>(a.groups * a.padded_m * a.size * element());
         a.totals = scratch.take<float>(a.blocks() * a.padded_m * TILE_N * 4);
         sums = scratch.take<float>(pieces() * a.m * together * a.rows() * 4);
+        float* lengths = scratch.take<float>(tiles ? a.m * 4 : 0);
         const u32* packed = scratch.take<u32>(tiles ? packed_words(a.m, a.k) * 4 : 0);
-        router = {a.x, a.router, nullptr, a.logits, false, true, a.m, a.groups, a.k, a.k, 0, a.groups, nullptr};
+        const Linear logits{a.x, a.router, nullptr, a.logits, false, true, a.m, a.groups, a.k, a.k, 0, a.groups, nullptr};
+        router = {logits, fp32_rows_of(level, dtype), a.awake, packed, lengths, a.threshold};
         up = {a.x, a.ins, nullptr, sums, false, true, a.m, a.rows(), a.k, a.k, 0, a.rows(), packed};
         up_rows = rows_of(level, dtype, up);
     }
 
     Span enqueue(Queue& queue, Span after) override {
         const Span packed = queue.add(*this, PACK, tiles ? a.m : 0, ROWS, after);
-        const Span routed = queue.add(*this, ROUTE, a.groups, rows_per_chunk(4 * a.k, a.groups, queue.threads), after);
+        const i64 chunk = tiles ? ROWS : rows_per_chunk(4 * a.k, a.groups, queue.threads);
+        const Span routed = queue.add(*this, ROUTE, a.groups, chunk, packed);
         const Span chosen = queue.add(*this, CHOOSE, 1, 1, routed);
-        const Span hidden = queue.add(*this, UP, pieces(), 1, tiles ? Span{packed.first, 3} : chosen);
+        const Span hidden = queue.add(*this, UP, pieces(), 1, chosen);
         const i64 blocks = most(1, least(DOWN_BLOCKS, ceil_div(a.blocks(), 4 * queue.threads)));
         return queue.add(*this, DOWN, a.blocks(), blocks, hidden);
     }
 
     void run(int step, i64 begin, i64 end) const override {
         switch (step) {
-            case PACK: return pack(a.x, a.k, nullptr, a.m, a.k, const_cast<u32*>(up.packed), begin, end);
-            case ROUTE: return router_rows(router, begin, end);
+            case PACK:
+                measure(router, begin, end);
+                return pack(a.x, a.k, nullptr, a.m, a.k, const_cast<u32*>(up.packed), begin, end);
+            case ROUTE: return tiles ? route_on_tiles(router, begin, end) : router.rows(router.fp32, begin, end);
             case CHOOSE: return choose();
             case UP: return wake(begin);
             default:

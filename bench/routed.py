@@ -72,7 +72,7 @@ class Setting:
         return f"lte:size={SIZE},eta={self.eta:g}," + ",".join(f"{key}={value}" for key, value in TRAINING.items())
 
 
-SETTINGS = tuple(Setting(eta) for eta in (1.0, 2.0, 4.0, 8.0))
+SETTINGS = tuple(Setting(eta) for eta in (0.5, 1.0, 2.0, 4.0))
 
 
 def main() -> None:

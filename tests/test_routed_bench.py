@@ -171,8 +171,29 @@ def test_bf16_turns_few_decisions_of_a_trained_model(packable, monkeypatch):
     assert found["decisions"] == 32 * 16 * 6 * 6
     torchs = turned(found["masked, bf16"])
     for way, one in found["ways"].items():
+        assert one["gathered against masked"] == 0
         assert turned(one["masked, fp32"]) <= torchs + 4 * torchs**0.5, way
     assert 0.05 < found["sparsity"] < 0.95
+
+
+def test_reading_every_group_must_not_change_a_bit(packable, monkeypatch):
+    model, _ = routed.trained(routed.SETTINGS[0])
+    honest, alone = routed_ffn.apply, routed_decisions.itself
+    woken = []
+
+    def watching(x, prepared):
+        woken.append(routed_ffn.decisions(routed_decisions.everyone(x, prepared), prepared))
+        return alone(x, prepared)
+
+    def other_sums(x, prepared, path, awake=None):
+        return honest(x, prepared, path, awake=awake) * (1 + bool(routed_ffn.decisions(x[-1:], prepared).all()))
+
+    monkeypatch.setattr(routed_decisions, "itself", watching)
+    with monkeypatch.context() as patched:
+        patched.setattr(routed_ffn, "apply", other_sums)
+        with pytest.raises(KernelError, match=r"reading every group changes \d+ values"):
+            routed_decisions.measure(model)
+    assert woken and all(bits.all() for bits in woken)
 
 
 def test_wrong_decisions_are_errors(packable, monkeypatch):

@@ -43,13 +43,13 @@ TITLE = "LTE on SmolLM2-135M-Instruct"
 PROTOCOL = (
     "The reference is SmolLM2-135M-Instruct dequantised from a Q4_1 GGUF file, not its bf16 checkpoint. Every FFN "
     f"in groups of {SIZE} neurons. Each of two stages trains on {TOKENS} tokens of BoolQ train passages, all "
-    f"weights: 100 steps of 4 windows of {LENGTH} tokens, AdamW with a peak rate of {TRAINING['lr']:g} for weights "
-    f"and {TRAINING['router_lr']:g} for routers, products in bf16 where the machine has them. Routers begin with "
-    f"{TRAINING['start']:.0%} of the groups in, and lam is {TRAINING['lam']:g}. Fine-tuned: the same "
-    "windows, steps and rates without routing. The other choices have as many groups in each layer as the router has "
-    "on average: those of the largest weights (Frobenius norm) for every token, trained in place of the second "
-    "stage or put into the fine-tuned model as it is; and the oracle's in the fine-tuned model as it is, those of "
-    "the largest activations of each token (norm of what a group adds), which computes every group first. "
+    f"weights or what the row names: 100 steps of 4 windows of {LENGTH} tokens, AdamW with a peak rate of "
+    f"{TRAINING['lr']:g} for weights and {TRAINING['router_lr']:g} for routers, products in bf16 where the machine has "
+    f"them. Routers begin with {TRAINING['start']:.0%} of the groups in, and lam is {TRAINING['lam']:g}. Fine-tuned: "
+    "the same windows, steps and rates without routing. The other choices have as many groups in each layer as the "
+    "router has on average: those of the largest weights (Frobenius norm) for every token, trained in place of the "
+    "second stage or put into the fine-tuned model as it is; and the oracle's in the fine-tuned model as it is, those "
+    "of the largest activations of each token (norm of what a group adds), which computes every group first. "
     "Perplexity: the first 16 windows of 512 tokens of BoolQ dev passages (Wikipedia) and of XSum articles (news), "
     f"in fp32. Groups out: share that a token leaves out, over layers and 64 windows of {UNION_LENGTH} BoolQ dev "
     "tokens; of a batch: those that none of its texts wakes at the same position."
@@ -59,20 +59,24 @@ COLUMNS = ("eta", "choice", "groups out", "of a batch of 8", *TEXTS, "boolq, aga
 
 @dataclass(frozen=True)
 class Setting:
-    """A point of the curve."""
+    """A point of the curve, or the same with less to train. train: `full`, or a key of SMALL."""
 
     eta: float
+    train: str = "full"
 
     @property
     def name(self) -> str:
-        return f"eta-{self.eta:g}"
+        return f"eta-{self.eta:g}" + ("" if self.train == "full" else f"-{self.train}")
 
     @property
     def recipe(self) -> str:
-        return f"lte:size={SIZE},eta={self.eta:g}," + ",".join(f"{key}={value}" for key, value in TRAINING.items())
+        given = {"size": SIZE, "eta": f"{self.eta:g}", "train": self.train, **TRAINING}
+        return "lte:" + ",".join(f"{key}={value}" for key, value in given.items())
 
 
-SETTINGS = tuple(Setting(eta) for eta in (0.5, 1.0, 2.0, 4.0))
+SMALL = {"router": "routers alone, stage 1", "lora": "adapters on FFNs, both stages"}
+CURVE = tuple(Setting(eta) for eta in (0.5, 1.0, 2.0, 4.0))
+SETTINGS = (*CURVE, *(Setting(1.0, train) for train in SMALL))
 
 
 def main() -> None:
@@ -90,7 +94,7 @@ def main() -> None:
             TABLE.save(results, setting.name, measure_router(setting))
     for kind, model in BASELINES.items():
         for setting in wanted:
-            if kind not in results["rows"][setting.name]:
+            if setting.train == "full" and kind not in results["rows"][setting.name]:
                 TABLE.save(results, setting.name, {kind: perplexities(model(setting))})
     print_table(TITLE, COLUMNS, table(results))
     print(PROTOCOL)
@@ -114,7 +118,8 @@ def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
             if kind in row:
                 union = f"{100 * row['union']['8']:.1f} %" if kind == "router" else "-"
                 sparsity = f"{100 * row['sparsity']:.1f} %"
-                lines.append((f"{setting.eta:g}", said, sparsity, union, *_measures(row[kind], reference)))
+                choice = SMALL.get(setting.train, said)
+                lines.append((f"{setting.eta:g}", choice, sparsity, union, *_measures(row[kind], reference)))
     return lines
 
 
@@ -130,7 +135,7 @@ def by_layer(results: dict[str, Any]) -> list[str]:
         if row := results["rows"].get(setting.name):
             layers = " ".join(f"{100 * share:.0f}" for share in row["layers"])
             union = ", ".join(f"{batch}: {100 * share:.1f}" for batch, share in row["union"].items())
-            said.append(f"eta {setting.eta:g}: groups out by layer, in percent: {layers}; by batch: {union}.")
+            said.append(f"{setting.name}: groups out by layer, in percent: {layers}; by batch: {union}.")
     return said
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .plots import OFFSET, TITLE, figure_and_axes
-from .routed import KINDS, SETTINGS
+from .routed import CURVE, KINDS
 
 COLORS = {"router": "#0072b2", "static_trained": "#d55e00", "static": "#e69f00", "oracle": "#7f7f7f"}
 TEXT = "boolq"
@@ -27,7 +27,7 @@ def by_sparsity(results: Mapping[str, Any]) -> Any:
     from matplotlib.ticker import LogLocator
 
     rows = results["rows"]
-    points = sorted((rows[s.name] for s in SETTINGS if s.name in rows), key=lambda row: row["sparsity"])
+    points = sorted((rows[s.name] for s in CURVE if s.name in rows), key=lambda row: row["sparsity"])
     figure, axes = figure_and_axes()
     beyond: list[str] = []
     for kind, said in KINDS.items():
@@ -64,7 +64,7 @@ def by_sparsity(results: Mapping[str, Any]) -> Any:
 def by_batch(results: Mapping[str, Any]) -> Any:
     """Share of groups that none of a batch wakes, from 1 text to 64."""
     figure, axes = figure_and_axes()
-    for setting in SETTINGS:
+    for setting in CURVE:
         if row := results["rows"].get(setting.name):
             sizes, shares = [int(size) for size in row["union"]], [100 * share for share in row["union"].values()]
             axes.plot(sizes, shares, "-o", color=COLORS["router"], markersize=4)

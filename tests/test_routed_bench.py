@@ -44,7 +44,7 @@ def small(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(routed, "TABLE", replace(routed.TABLE, path=tmp_path / "results" / "quality_routed"))
     monkeypatch.setattr(routed, "SIZE", 8)
     monkeypatch.setattr(routed, "TRAINING", routed.TRAINING | {"tokens": 640, "length": 16})
-    monkeypatch.setattr(routed, "SETTINGS", routed.SETTINGS[:2])
+    monkeypatch.setattr(routed, "SETTINGS", (routed.Setting(1.0), routed.Setting(4.0)))
     monkeypatch.setattr(routed, "BATCHES", (1, 2, 4, 8))
     monkeypatch.setattr(routed, "UNION_LENGTH", 16)
     monkeypatch.setattr(routed, "fresh", lambda: tiny.model().requires_grad_(False))
@@ -62,8 +62,10 @@ def loss_of(model: torch.nn.Module) -> dict[str, float]:
 
 def test_every_row_is_a_recipe_of_its_own():
     found = [routed.params(setting) for setting in routed.SETTINGS]
-    assert len({p.eta for p in found}) == len(found) >= 4
-    assert all((p.tokens, p.train, p.tau) == (routed.TOKENS, "full", 0.5) for p in found)
+    assert len(set(found)) == len(found)
+    assert len({p.eta for p in found if p.train == "full"}) == len(routed.CURVE) >= 4
+    assert {p.train for p in found} == {"full", *routed.SMALL}
+    assert all((p.tokens, p.tau) == (routed.TOKENS, 0.5) for p in found)
     assert routed.TOKENS >= 200_000
 
 
@@ -81,7 +83,7 @@ def test_the_whole_command_runs_and_a_second_one_has_nothing_left_to_do(small, m
         assert len({row[kind]["boolq"] for kind in routed.KINDS}) == 4, "each choice is another model"
     page = (small / "results" / "quality_routed.md").read_text()
     assert page.count("| router, both stages |") == 2
-    assert "eta 4: groups out by layer" in page
+    assert "eta-4: groups out by layer" in page
     monkeypatch.setattr(routed, "fresh", None)
     before = capsys.readouterr().out
     routed.main()

@@ -74,7 +74,7 @@ class Setting:
         return "lte:" + ",".join(f"{key}={value}" for key, value in given.items())
 
 
-SMALL = {"router": "routers alone, stage 1", "lora": "adapters on FFNs, both stages"}
+SMALL = {"router": "routers alone, stage 1"}
 CURVE = tuple(Setting(eta) for eta in (0.5, 1.0, 2.0, 4.0))
 SETTINGS = (*CURVE, *(Setting(1.0, train) for train in SMALL))
 

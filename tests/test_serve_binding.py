@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import subprocess
 import sys
@@ -22,7 +23,8 @@ BODY = {"prompt": "x", "max_tokens": 5}
 @contextmanager
 def server(folder: Path, *options: object) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "pared.cli", "serve", str(folder), "--device", "cpu", *map(str, options)]
-    started = subprocess.Popen(command, cwd=TESTS, stderr=subprocess.PIPE, text=True)
+    wide = {**os.environ, "COLUMNS": "400"}  # a message is not broken at the end of a line
+    started = subprocess.Popen(command, cwd=TESTS, env=wide, stderr=subprocess.PIPE, text=True)
     try:
         yield started
     finally:

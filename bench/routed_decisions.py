@@ -46,7 +46,7 @@ PROTOCOL = (
     f"Worst layer: against bf16. Equal inputs: share of the rows of all layers whose bits are those of the window at "
     f"once; none of them decides otherwise. Gathered against masked: the decoder reading only the groups "
     f"that tokens wake, against the same reading all groups of every layer, through the whole model, for which the bar "
-    f"is {100 * BAR:g} %."
+    f"is {100 * BAR:g} %; every step has a row more for it, a copy of its last one or one that wakes all."
 )
 COLUMNS = (
     "eta",

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 
 from pared.tests.serving import eventually, free_port
 
@@ -83,10 +84,15 @@ def test_bindings_that_cannot_be_are_one_message(tiny_folder: Path, files: tuple
     certificate, key = files
     empty = tmp_path / "empty.pem"
     empty.touch()
+    locked = tmp_path / "locked.pem"
+    kept = serialization.load_pem_private_key(key.read_bytes(), None)
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
+    locked.write_bytes(kept.private_bytes(*form, serialization.BestAvailableEncryption(b"secret")))
     for options, named in (
         (("--certificate", tmp_path / "none.pem", "--private-key", key), "none.pem"),
         (("--private-key", key), "--certificate"),
         (("--certificate", empty, "--private-key", key), "empty.pem"),
+        (("--certificate", certificate, "--private-key", locked), "locked.pem"),
         (("--socket", tmp_path / "nowhere" / "pared.sock"), "nowhere"),
         (("--certificate", certificate), "certificate.pem"),
     ):

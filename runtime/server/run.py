@@ -46,10 +46,15 @@ class Binding:
             raise BadParameter("--private-key is of use with its --certificate only")
         if self.certificate:
             try:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.private_key)
+                given = (self.certificate, self.private_key)
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                    *given, password=""
+                )  # else it asks the terminal
             except OSError as error:  # SSLError is one
                 files = " and ".join(str(file) for file in (self.certificate, self.private_key) if file)
-                raise BadParameter(f"{files} cannot be used for TLS: {error}; PEM files are needed") from None
+                raise BadParameter(
+                    f"{files} cannot be used for TLS: {error}; PEM files without a passphrase are needed"
+                ) from None
 
     @property
     def where(self) -> str:

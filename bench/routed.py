@@ -25,8 +25,9 @@ SIZE, TOKENS, LENGTH = 32, 204_800, 512
 TRAINING = {
     "start": 0.5,
     "lam": 0.002,
+    "mu": 60,
     "lr": 1e-4,
-    "router_lr": 5e-3,
+    "router_lr": 0.01,
     "batch": 4,
     "length": LENGTH,
     "tokens": TOKENS,
@@ -45,7 +46,8 @@ PROTOCOL = (
     f"in groups of {SIZE} neurons. Each of two stages trains on {TOKENS} tokens of BoolQ train passages, all "
     f"weights or what the row names: 100 steps of 4 windows of {LENGTH} tokens, AdamW with a peak rate of "
     f"{TRAINING['lr']:g} for weights and {TRAINING['router_lr']:g} for routers, products in bf16 where the machine has "
-    f"them. Routers begin with {TRAINING['start']:.0%} of the groups in, and lam is {TRAINING['lam']:g}. Fine-tuned: "
+    f"them. Routers begin with {TRAINING['start']:.0%} of the groups in, lam is {TRAINING['lam']:g}, and mu, the "
+    f"weight of our loss against decisions that noise turns, {TRAINING['mu']:g}. Fine-tuned: "
     "the same windows, steps and rates without routing. The other choices have as many groups in each layer as the "
     "router has on average: those of the largest weights (Frobenius norm) for every token, trained in place of the "
     "second stage or put into the fine-tuned model as it is; and the oracle's in the fine-tuned model as it is, those "
@@ -75,7 +77,7 @@ class Setting:
 
 
 SMALL = {"router": "routers alone, stage 1"}
-CURVE = tuple(Setting(eta) for eta in (0.5, 1.0, 2.0, 4.0))
+CURVE = tuple(Setting(eta) for eta in (1.0, 2.0, 4.0, 8.0))
 SETTINGS = (*CURVE, *(Setting(1.0, train) for train in SMALL))
 
 
@@ -230,8 +232,8 @@ def oracle(k: int) -> Any:
     import torch
 
     def rule(mlp: Any, _: Any, neurons: torch.Tensor) -> torch.Tensor:
-        sizes = (neurons.float() * mlp.down.weight.norm(dim=0)).unflatten(-1, (-1, mlp.groups.size)).norm(dim=-1)
-        return torch.zeros_like(sizes).scatter(-1, sizes.topk(k).indices, 1)
+        energies = mlp.energies(neurons)
+        return torch.zeros_like(energies).scatter(-1, energies.topk(k).indices, 1)
 
     return rule
 

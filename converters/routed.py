@@ -51,7 +51,8 @@ class Groups:
 class RoutedMlp(nn.Module):
     """gate: None where the FFN has two matrices. Weights as Hugging Face has them: gate, up [F, K], down [N, F].
 
-    rule: `soft`, `hard`, or another. shares: [..., groups], what the last call gave to each group.
+    rule: `soft`, `hard`, or another. shares: [..., groups], what the last call gave to each group. turned: what
+    `routed_training.steady` saw in it.
     """
 
     def __init__(self, gate: nn.Linear | None, up: nn.Linear, down: nn.Linear, act: str, groups: Groups) -> None:
@@ -62,7 +63,7 @@ class RoutedMlp(nn.Module):
         self.router = nn.Linear(up.in_features, up.out_features // groups.size, bias=False, dtype=torch.float32)
         self.threshold = math.log(groups.tau / (1 - groups.tau))
         self.rule: Rule = soft
-        self.shares = torch.empty(0)
+        self.shares, self.turned = torch.empty(0), torch.empty(0)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """W x in fp32, whatever else runs in bf16."""
@@ -73,6 +74,12 @@ class RoutedMlp(nn.Module):
         """What the output matrix reads, [..., F]."""
         act = ACTIVATIONS[self.act]
         return act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+
+    def energies(self, neurons: torch.Tensor) -> torch.Tensor:
+        """The square of what each group adds, fp32 [..., groups], as if columns of down were at right angles."""
+        with torch.autocast(neurons.device.type, enabled=False):
+            squares = neurons.float().square() * self.down.weight.float().square().sum(0)
+        return squares.unflatten(-1, (-1, self.groups.size)).sum(-1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         neurons = self.neurons(x)

@@ -1,20 +1,27 @@
-"""What training a routed model takes: the two losses that make it sparse, and what of it may change."""
+"""What training a routed model takes: the losses that make it sparse and steady, and what of it may change."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from .routed import Rule, hard, routed
+from .routed import RoutedMlp, Rule, hard, routed
 from .training import adapters
 
 EDGE = 0.1
 """How near to tau a score still feels where it is: nearer the separability loss is constant and pushes nobody, so that
 a score may cross, and its gradient is never larger than 2 / EDGE^3."""
+
+NOISE = 0.2
+"""Of an FFN's input, relative: what decisions are to withstand. Many times what bf16 leaves, so that scores some way
+off the threshold feel it too."""
+
+_TINY = 1e-30  # instead of zero below a fraction
 
 Trained = Literal["full", "lora", "router"]
 
@@ -27,6 +34,29 @@ def efficiency(scores: Sequence[torch.Tensor]) -> torch.Tensor:
 def separability(scores: Sequence[torch.Tensor], tau: float) -> torch.Tensor:
     """L_sep: the mean of 1 / (G - tau)^2, which is infinite at tau; |G - tau| counts as EDGE at least."""
     return torch.stack([(layer - tau).square().clamp(min=EDGE**2).reciprocal().mean() for layer in scores]).mean()
+
+
+def steady(rule: Rule) -> Rule:
+    """The same rule, whose FFNs keep in `turned`, a scalar, what NOISE may be expected to change of their output.
+
+    Noise of x, alike in every direction, moves the logit of group g by a normal error of deviation
+    s = NOISE |w_g| rms(x), and turns its decision with a chance of Phi(-|w_g x - threshold| / s). What counts is the
+    share of those groups in the squares of what all groups add, the mean over tokens. Larger weights do not make it
+    smaller, as s grows with them: only scores further off than noise reaches, or groups that add little at the
+    threshold, do.
+    """
+
+    def watched(mlp: RoutedMlp, x: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
+        margins = (mlp.logits(x) - mlp.threshold).abs()
+        with torch.autocast(x.device.type, enabled=False):
+            deviations = NOISE * x.float().square().mean(-1, keepdim=True).sqrt() * mlp.router.weight.norm(dim=1)
+            chances = torch.special.erfc(margins / (math.sqrt(2) * deviations).clamp(min=_TINY)) / 2
+            energies = mlp.energies(neurons)
+            whole = energies.detach().sum(-1).clamp(min=_TINY)
+            mlp.turned = ((chances * energies).sum(-1) / whole).mean()
+        return rule(mlp, x, neurons)
+
+    return watched
 
 
 @contextlib.contextmanager
@@ -65,7 +95,7 @@ def _free_routers(model: PreTrainedModel, free: bool) -> None:
 def under(model: PreTrainedModel, rule: Rule) -> PreTrainedModel:
     """The model with this rule in all of its routed FFNs; nothing is left of their last call."""
     for module in routed(model).values():
-        module.rule, module.shares = rule, torch.empty(0)
+        module.rule, module.shares, module.turned = rule, torch.empty(0), torch.empty(0)
     return model
 
 

@@ -44,15 +44,13 @@ class _Sums:
         self.cross = torch.zeros(k, module.router.out_features, dtype=torch.float64, device=device)
         self.total = torch.zeros(k, dtype=torch.float64, device=device)
         self.parts: list[torch.Tensor] = []
-        self.lengths = module.down.weight.norm(dim=0)
         module.rule = self.see
 
     def see(self, mlp: RoutedMlp, x: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
         """The rule that lets all groups in and looks at them."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.flatten(0, -2).float()
-            parts = (neurons.flatten(0, -2).float() * self.lengths).unflatten(-1, (-1, mlp.groups.size)).norm(dim=-1)
-            parts = parts.clamp(min=FAINT).log()
+            parts = mlp.energies(neurons.flatten(0, -2)).sqrt().clamp(min=FAINT).log()
             self.gram += (x.t() @ x).double()
             self.cross += (x.t() @ parts).double()
             self.total += x.sum(0).double()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from . import ops
 from .dispatch import fallback
-from .native import library
+from .native import bindings, library
 
 Tensor = torch.Tensor
 
@@ -172,7 +172,7 @@ def _check(
         or len(query_starts) != sequences + 1
         or len(block_tables) != sequences
         or not q.dtype == k_pool.dtype == v_pool.dtype
-        or q.dtype not in library.DTYPES
+        or q.dtype not in bindings.DTYPES
         or not query_starts.dtype == context_lens.dtype == block_tables.dtype == torch.int32
         or not all(map(torch.Tensor.is_contiguous, tensors))
     ):

@@ -74,12 +74,12 @@ def describe(device: torch.device | str, dtype: torch.dtype) -> list[tuple[str, 
         return [(op, "triton", why) for op in ops]
     if str(device).startswith("cuda"):
         return [(op, "torch", "Triton is not installed") for op in ops]
-    from .native import library
+    from .native import bindings, library
 
     native = library.load()
     if native is None:
         return [(op, "torch", library.why_not()) for op in ops]
-    if dtype not in library.DTYPES:
+    if dtype not in bindings.DTYPES:
         return [(op, "torch", f"no native kernel for {dtype}") for op in ops]
     fewest, most = (native.linear_rows(dtype, inputs) for inputs in (1, 1 << 20))
     rows = str(most) if fewest == most else f"{fewest} to {most}"

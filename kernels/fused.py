@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from . import ops
 from .dispatch import fallback
-from .native import library
-from .native.library import Library
+from .native import bindings, library
+from .native.bindings import Library
 
 Tensor = torch.Tensor
 
@@ -144,9 +144,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
 def concat(parts: list[Tensor]) -> Tensor:
     """Contiguous tensors [M, N_i] of one dtype side by side: [M, sum N]."""
     alike = {(part.dim(), part.shape[:1], part.dtype) for part in parts}
-    if not 0 < len(parts) <= library.MOST_PARTS or len(alike) > 1 or not all(p.is_contiguous() for p in parts):
+    if not 0 < len(parts) <= bindings.MOST_PARTS or len(alike) > 1 or not all(p.is_contiguous() for p in parts):
         raise ValueError(
-            f"concat wants 1 to {library.MOST_PARTS} contiguous tensors [M, N] of one dtype and M, got "
+            f"concat wants 1 to {bindings.MOST_PARTS} contiguous tensors [M, N] of one dtype and M, got "
             + "; ".join(f"{tuple(part.shape)} of {part.dtype} with strides {part.stride()}" for part in parts)
         )
     return _CONCAT(parts)
@@ -205,7 +205,7 @@ def check_rotary(
     if (
         [tensor.shape for tensor in tensors] != shapes
         or [tensor.dtype for tensor in tensors] != dtypes
-        or qkv.dtype not in library.DTYPES
+        or qkv.dtype not in bindings.DTYPES
         or not all(map(torch.Tensor.is_contiguous, tensors))
     ):
         names = ("qkv", "cos", "sin", "k_pool", "v_pool", "slots")
@@ -222,7 +222,7 @@ def check_rotary(
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    dtypes_fit = x.dtype in library.DTYPES and weight.dtype == torch.float32
+    dtypes_fit = x.dtype in bindings.DTYPES and weight.dtype == torch.float32
     if not dtypes_fit or x.dim() != 2 or x.stride(1) != 1 or weight.shape != x.shape[1:]:
         raise ValueError(
             f"{op} wants x [M, D] of bf16, fp16 or fp32 with dense rows and an fp32 weight [D], got x "
@@ -242,7 +242,7 @@ def _check_sum(op: str, x: Tensor, residual: Tensor) -> None:
 
 
 def _check_act(op: str, x: Tensor, kind: str) -> None:
-    if kind not in ACTIVATIONS or x.dtype not in library.DTYPES or not x.is_contiguous():
+    if kind not in ACTIVATIONS or x.dtype not in bindings.DTYPES or not x.is_contiguous():
         raise ValueError(
             f"{op} knows {', '.join(ACTIVATIONS)} on contiguous bf16, fp16 and fp32, "
             f"got {kind!r} on {x.dtype} with strides {x.stride()}"

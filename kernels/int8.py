@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from . import ops
 from .dispatch import fallback, interpreting
-from .native import library
+from .native import bindings, library
 from .unit import Around, Packed, Prepared, Traffic, Unit
 
 NAME = "int8"
@@ -144,7 +144,7 @@ def cases() -> list[Unit]:
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
-    if x.dim() != 2 or x.shape[1] != weight.shape[1] or x.dtype not in library.DTYPES or not x.is_contiguous():
+    if x.dim() != 2 or x.shape[1] != weight.shape[1] or x.dtype not in bindings.DTYPES or not x.is_contiguous():
         raise ValueError(
             f"int8_linear wants contiguous x [M, {weight.shape[1]}] of bf16, fp16 or fp32, "
             f"got {tuple(x.shape)} of {x.dtype} with strides {x.stride()}"

@@ -38,7 +38,7 @@ from . import around as around_linear
 from . import ops
 from .dense import GPU_ROWS, WHOLE_ROWS
 from .dispatch import fallback, interpreting
-from .native import library
+from .native import bindings, library
 from .unit import Around, Packed, Prepared, Traffic, Unit
 
 NAME = "shared_basis"
@@ -274,7 +274,7 @@ def _parts(prepared: Prepared, path: str) -> tuple[Tensors, tuple[int, ...]]:
     for other, widths in prepared.outputs.items():
         after = before + len(widths)
         if other == path:
-            words = prepared.ints[library.BASIS_WORDS * before : library.BASIS_WORDS * after]
+            words = prepared.ints[bindings.BASIS_WORDS * before : bindings.BASIS_WORDS * after]
             return prepared.tensors[4 * before : 4 * after], words
         before = after
     raise KeyError(f"{path} is not served here; known are {list(prepared.outputs)}")
@@ -290,7 +290,7 @@ def _words(parts: Tensors) -> tuple[int, ...]:
     if any(t is not None and t.device.type != "cpu" for t in parts):
         return ()
     _check_parts(parts, _inputs(parts))
-    return tuple(word for i in range(0, len(parts), 4) for word in library.basis_words(*parts[i : i + 4]))
+    return tuple(word for i in range(0, len(parts), 4) for word in bindings.basis_words(*parts[i : i + 4]))
 
 
 def _inputs(parts: Tensors) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..kernels import dispatch, ops
-from ..kernels.native import library
+from ..kernels.native import bindings, library
 from ..kernels.native.tape import Tape
 from ..spec import Spec
 from .batch import Batch
@@ -90,7 +90,7 @@ class GraphedDecoder:
         native = library.load()
         if native is None or self.decoder.device.type != "cpu" or dispatch.interpreting():
             return 0
-        return min(LARGEST, native.linear_rows(self.decoder.dtype, 1)) if self.decoder.dtype in library.DTYPES else 0
+        return min(LARGEST, native.linear_rows(self.decoder.dtype, 1)) if self.decoder.dtype in bindings.DTYPES else 0
 
 
 class RecordedStep:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pared.kernels.native import build, library
+from pared.kernels.native import bindings, build, library
 from pared.kernels.native.tape import Tape
 from pared.tests.truth import assert_as_good
 
@@ -21,7 +21,7 @@ NATIVE = library.load()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=f"nothing to test here: {library.why_not()}")
 
 LEVELS = NATIVE.levels() if NATIVE else ()
-DTYPES = tuple(library.DTYPES)
+DTYPES = tuple(bindings.DTYPES)
 level = pytest.mark.parametrize("level", LEVELS)
 dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -137,9 +137,9 @@ class Part:
         return (y if self.bias is None else y + self.bias.to(wide)).to(dtype)
 
 
-def basis_linear(native: library.Library, x: torch.Tensor, parts: list[Part]) -> torch.Tensor:
+def basis_linear(native: bindings.Library, x: torch.Tensor, parts: list[Part]) -> torch.Tensor:
     out = poisoned(len(x), sum(len(part.coefficients) for part in parts), dtype=x.dtype)
-    each = (library.basis_words(part.order, part.basis, part.coefficients, part.bias) for part in parts)
+    each = (bindings.basis_words(part.order, part.basis, part.coefficients, part.bias) for part in parts)
     native.basis_linear(x, [word for words in each for word in words], out)
     return out
 
@@ -250,7 +250,7 @@ def test_norms(level: str, dtype: torch.dtype, m: int, d: int) -> None:
 
 @dtype
 def test_concat(dtype: torch.dtype) -> None:
-    for m, widths in ((1, (5,)), (3, (1, 7, 64)), (40, (300,) * library.MOST_PARTS), (0, (2, 3))):
+    for m, widths in ((1, (5,)), (3, (1, 7, 64)), (40, (300,) * bindings.MOST_PARTS), (0, (2, 3))):
         parts = [random(m, n, dtype=dtype, seed=i) for i, n in enumerate(widths)]
         out = poisoned(m, sum(widths), dtype=dtype)
         NATIVE.concat(parts, out)
@@ -262,10 +262,10 @@ def test_concat(dtype: torch.dtype) -> None:
 def test_a_tape_plays_what_was_recorded_on_what_its_tensors_hold_by_then(level: str, dtype: torch.dtype) -> None:
     native = NATIVE.at(level)
     parts = [Part(40, 20, 90, True, dtype, 1), Part(30, 9, 90, False, dtype, 2)]
-    words = [w for part in parts for w in library.basis_words(part.order, part.basis, part.coefficients, part.bias)]
+    words = [w for part in parts for w in bindings.basis_words(part.order, part.basis, part.coefficients, part.bias)]
     w, gate, norm = (random(*shape, dtype=dtype, seed=3) for shape in ((90, 70), (64, 70), (90,)))
 
-    def chain(native: library.Library, x: torch.Tensor) -> torch.Tensor:
+    def chain(native: bindings.Library, x: torch.Tensor) -> torch.Tensor:
         m = len(x)
         y, wide, normed, total = (torch.empty(m, n, dtype=dtype) for n in (90, 64, 90, 90))
         z, act, both = (torch.empty(m, n, dtype=dtype) for n in (70, 32, 102))
@@ -452,7 +452,7 @@ def quick_compiler(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch)
     return calls
 
 
-def works(native: library.Library | None) -> bool:
+def works(native: bindings.Library | None) -> bool:
     out = poisoned(1, 1, dtype=torch.float32)
     assert native is not None
     native.linear(torch.full((1, 8), 2.0), torch.ones(1, 8), None, out)
@@ -467,7 +467,7 @@ def test_processes_that_build_at_once_leave_one_library_and_nothing_else(quick_c
     assert [builder.communicate()[0].strip() for builder in builders] == [str(library_file)] * 3
     assert list(cache.iterdir()) == [library_file]
     assert build.intact(library_file)
-    assert works(library.Library(library_file))
+    assert works(bindings.Library(library_file))
     objects = len(list(build.SOURCES.glob("*.cpp")))
     assert quick_compiler.read_text().count("called") == 3 * (objects + 1)
 

@@ -4,7 +4,11 @@ Neurons are sorted into groups of alike ones, a router scores the groups of each
 routers with scores as weights, under a loss that makes them small and keeps them away from tau; in stage 2 routers are
 frozen, a group is in or out, and the model adapts.
 
-    L = L_task + eta mean(G^2) + lam mean(1 / (G - tau)^2)
+    L = L_task + eta mean(G^2) + lam mean(1 / (G - tau)^2) + mu L_turn
+
+L_turn is ours and counts in both stages: what noise in an FFN's input would change of its output by turning decisions.
+A turned group moves the next layer's input, which turns more, so that bf16 alone may turn some percent of all. L_sep
+does not prevent it: larger router weights satisfy it, and then their noise is larger too.
 
 Nothing but the weights of stage 2 is needed afterwards.
 """
@@ -27,7 +31,7 @@ from ...spec import Spec
 from ..calibration import Calibration
 from ..record import Record
 from ..routed import Groups, Rule, awake, hard, place, routed, soft
-from ..routed_training import Trained, changed, efficiency, live, opened, separability, under
+from ..routed_training import Trained, changed, efficiency, live, opened, separability, steady, under
 from ..routing import begin, route
 from ..training import compiled, fastest_device, next_token_loss, tenths, train
 
@@ -39,7 +43,7 @@ _BATCH = 4
 
 @dataclass(frozen=True)
 class Params:
-    """Of the paper, but for `start`, of which it says nothing.
+    """Of the paper, but for `start`, of which it says nothing, and `mu`, the weight of our own loss.
 
     size: neurons of a group. eta: weight of the efficiency loss, the knob of sparsity; lam: of the separability loss.
     tau: the score above which a group is in. train: `full` trains the whole model, `lora` adapters on the routed FFNs,
@@ -52,6 +56,7 @@ class Params:
     eta: float = 1.0
     lam: float = 0.5
     tau: float = 0.5
+    mu: float = 0.0
     train: Trained = "full"
     lr: float = 1.5e-5
     router_lr: float | None = None
@@ -68,6 +73,7 @@ class Params:
     LIMITS: ClassVar[dict[str, tuple[float, float]]] = {
         "eta": (0, 1e4),
         "lam": (0, 1e4),
+        "mu": (0, 1e4),
         "lr": (1e-8, 1),
         "router_lr": (1e-8, 1),
         "tokens": (1, 1 << 50),
@@ -189,7 +195,7 @@ def train_stage(
     if not record.holds(part):
         batches = params.batches(calibration, stage)
         steps = len(batches) // params.accumulate
-        under(model, rule or (soft if stage == 1 else hard))
+        under(model, rule or _rule(params, stage))
         saved = Record(record.folder / part)
         with (
             opened(model, params.train, stage == 1, params.r, params.alpha, params.seed),
@@ -198,7 +204,7 @@ def train_stage(
             losses, complaint = train(
                 model,
                 steps,
-                _loss(model, batches, params, soft=stage == 1),
+                _loss(model, batches, params, stage, decides=rule is None),
                 saved,
                 lambda name: (params.router_lr or params.lr) if name.endswith(".router.weight") else params.lr,
                 int(WARM_UP * steps),
@@ -221,16 +227,24 @@ def _decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [model.get_submodule(spec.path(i, "").rstrip(".")) for i in range(len(spec.layers))]
 
 
+def _rule(params: Params, stage: int) -> Rule:
+    rule = soft if stage == 1 else hard
+    return steady(rule) if params.mu else rule
+
+
 def _loss(
-    model: PreTrainedModel, batches: Sequence[torch.Tensor], params: Params, soft: bool
+    model: PreTrainedModel, batches: Sequence[torch.Tensor], params: Params, stage: int, decides: bool
 ) -> Callable[[int], torch.Tensor]:
-    """The loss of backward pass i."""
+    """The loss of backward pass i. decides: routers do, so that their losses count."""
+    ffns = list(routed(model).values()) if decides else []
 
     def of(i: int) -> torch.Tensor:
         loss = next_token_loss(model, batches[i].to(model.device))
-        scores = [module.shares for module in routed(model).values()] if soft else []
-        if scores:
+        if ffns and stage == 1:
+            scores = [ffn.shares for ffn in ffns]
             loss = loss + params.eta * efficiency(scores) + params.lam * separability(scores, params.tau)
+        if ffns and params.mu:
+            loss = loss + params.mu * torch.stack([ffn.turned for ffn in ffns]).mean()
         return loss
 
     return of

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from . import library
-from .library import Library
+from .bindings import Library
 
 
 class Tape:

@@ -25,7 +25,7 @@ SIZE, TOKENS, LENGTH = 32, 204_800, 512
 TRAINING = {
     "start": 0.5,
     "lam": 0.002,
-    "mu": 60,
+    "mu": 20,
     "lr": 1e-4,
     "router_lr": 0.01,
     "batch": 4,
@@ -77,8 +77,8 @@ class Setting:
 
 
 SMALL = {"router": "routers alone, stage 1"}
-CURVE = tuple(Setting(eta) for eta in (1.0, 2.0, 4.0, 8.0))
-SETTINGS = (*CURVE, *(Setting(1.0, train) for train in SMALL))
+CURVE = tuple(Setting(eta) for eta in (2.0, 3.0, 4.0, 8.0))
+SETTINGS = (*CURVE, *(Setting(4.0, train) for train in SMALL))
 
 
 def main() -> None:

@@ -75,6 +75,7 @@ def main() -> None:
             TABLE.save(results, setting.name, measure(routed.trained(setting)[0]))
     print_table(TITLE, COLUMNS, table(results))
     print(PROTOCOL)
+    print("\n".join(verdicts(results)))
 
 
 def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -95,7 +96,18 @@ def _lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     yield (MASKED, "-", "-", "-", f"{100 * mean(row[MASKED]):.3f} %", "-")
 
 
-TABLE = Table(RESULTS, TITLE, PROTOCOL, COLUMNS, table)
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """Whether the way that differs most from masked bf16 keeps to the bar, eta by eta."""
+    said = []
+    for setting in routed.SETTINGS:
+        if row := results["rows"].get(setting.name):
+            most = max(mean(found[MASKED]) for found in row["ways"].values())
+            kept = "at most" if most <= BAR else "above"
+            said.append(f"{setting.name}: {100 * most:.3f} % differ from masked bf16, {kept} {100 * BAR:g} %.")
+    return said
+
+
+TABLE = Table(RESULTS, TITLE, PROTOCOL, COLUMNS, table, verdicts)
 
 
 # --- measuring -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ NOISE = 0.2
 """Of an FFN's input, relative: what decisions are to withstand. Many times what bf16 leaves, so that scores some way
 off the threshold feel it too."""
 
-_TINY = 1e-30  # instead of zero below a fraction
+_TINY = 1e-30  # where zero has no quotient and no root with a gradient
 
 Trained = Literal["full", "lora", "router"]
 
@@ -49,7 +49,8 @@ def steady(rule: Rule) -> Rule:
     def watched(mlp: RoutedMlp, x: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
         margins = (mlp.logits(x) - mlp.threshold).abs()
         with torch.autocast(x.device.type, enabled=False):
-            deviations = NOISE * x.float().square().mean(-1, keepdim=True).sqrt() * mlp.router.weight.norm(dim=1)
+            rms = (x.float().square().mean(-1, keepdim=True) + _TINY).sqrt()
+            deviations = NOISE * rms * mlp.router.weight.norm(dim=1)
             chances = torch.special.erfc(margins / (math.sqrt(2) * deviations).clamp(min=_TINY)) / 2
             energies = mlp.energies(neurons)
             whole = energies.detach().sum(-1).clamp(min=_TINY)

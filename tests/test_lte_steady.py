@@ -75,14 +75,17 @@ def test_both_the_router_and_what_its_groups_add_can_lower_it(ffn):
 
 
 def test_nothing_to_turn_is_nothing_turned(ffn):
-    """Tokens of which no neuron is left, routers of zeros: finite, as are the gradients."""
+    """Inputs of zeros, routers of zeros: finite, as are the gradients."""
     ffn.requires_grad_(True)
-    assert turned(ffn, torch.zeros(3, 16)).item() == 0
+    nothing, x = torch.zeros(3, 16, requires_grad=True), torch.randn(3, 16, requires_grad=True)
+    found = turned(ffn, nothing)
+    assert found.item() == 0
+    found.backward()
     ffn.router.weight.data.zero_()
-    found = turned(ffn, torch.randn(3, 16))
+    found = turned(ffn, x)
     assert 0 <= found.item() <= 0.5
     found.backward()
-    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in ffn.parameters())
+    assert all(t.grad is None or torch.isfinite(t.grad).all() for t in (nothing, x, *ffn.parameters()))
 
 
 def test_training_with_it_leaves_less_to_noise(tmp_path: Path):

@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -155,10 +156,13 @@ def test_decisions_are_compared_for_every_row_that_is_trained(packable, monkeypa
     assert 0 < row["sparsity"] < 1
     out = capsys.readouterr().out
     assert out.count("ours, ") == 3 and "eta" in out
+    differing = max(mean(one["masked, bf16"]) for one in row["ways"].values())
+    verdict = "at most" if differing <= routed_decisions.BAR else "above"
+    assert f"eta-4: {100 * differing:.3f} % differ from masked bf16, {verdict} 0.5 %." in out
 
 
 def test_bf16_turns_few_decisions_of_a_trained_model(packable, monkeypatch):
-    """The whole model in bf16, gathered: no more than torch's own bf16 does, but for chance (four sigma)."""
+    """The whole model in bf16, gathered: within the bar, and no more than torch's own bf16 but for chance (4 sigma)."""
 
     def turned(layers: list[float]) -> float:
         return sum(layers) * 32 * 16 * 6
@@ -174,6 +178,7 @@ def test_bf16_turns_few_decisions_of_a_trained_model(packable, monkeypatch):
     torchs = turned(found["masked, bf16"])
     for way, one in found["ways"].items():
         assert one["gathered against masked"] == 0
+        assert mean(one["masked, bf16"]) <= routed_decisions.BAR, way
         assert turned(one["masked, fp32"]) <= torchs + 4 * torchs**0.5, way
     assert 0.05 < found["sparsity"] < 0.95
 

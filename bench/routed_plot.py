@@ -37,8 +37,9 @@ def by_sparsity(results: Mapping[str, Any]) -> Any:
             beyond.append(f"{said}: {best:,.0f} and more")
         elif found:
             axes.plot(*zip(*found, strict=True), "-o", color=COLORS[kind], markersize=5)
-            place = BESIDE if found[-1][0] > 80 else ABOVE
-            axes.annotate(said, found[-1], **place, **OFFSET, color=COLORS[kind], fontsize=9)
+            named = next(point for point in reversed(found) if point[1] <= HIGHEST)
+            place = BESIDE if named[0] > 80 else ABOVE
+            axes.annotate(said, named, **place, **OFFSET, color=COLORS[kind], fontsize=9)
     reference = rows["finetuned"]["perplexity"][TEXT]
     axes.axhline(reference, color="0.4", linewidth=1)
     axes.annotate(

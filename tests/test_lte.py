@@ -341,6 +341,7 @@ def test_a_loss_that_is_no_number_ends_the_stage_with_the_last_good_weights(tmp_
         ("tau=1", "tau=1.0 is not between 0 and 1"),
         ("tau=0", "tau=0.0 is not between 0 and 1"),
         ("eta=-1", "eta=-1 is outside 0 to 10000"),
+        ("mu=-1", "mu=-1 is outside 0 to 10000"),
         ("train=all", "train=all is not one of full, lora, router"),
         ("lambda=1", "lte has no parameter 'lambda'"),
     ],

@@ -46,11 +46,11 @@ class Params:
     """Of the paper, but for `start`, of which it says nothing, and `mu`, which is ours: 0 is the paper.
 
     size: neurons of a group. eta: weight of the efficiency loss, the knob of sparsity; lam: of the separability loss;
-    mu: of L_turn, 20 for decisions that bf16 leaves as they are. tau: the score above which a group is in. train:
-    `full` trains the whole model, `lora` adapters on the routed FFNs, `router` the routers alone, which leaves stage 2
-    nothing to do. lr: peak learning rate; router_lr: of the routers, default the same. tokens: of each stage, default
-    once through the text; a step takes `accumulate` times `batch` windows of `length`. start: share of groups that are
-    in when stage 1 begins. r, alpha: of LoRA. layers: only these.
+    mu: of L_turn; at 20 bf16 turned 0.2 % of the decisions of bench/routed.py's models, at 0 mostly 1 to 3 %. tau: the
+    score above which a group is in. train: `full` trains the whole model, `lora` adapters on the routed FFNs, `router`
+    the routers alone, which leaves stage 2 nothing to do. lr: peak learning rate; router_lr: of the routers, default
+    the same. tokens: of each stage, default once through the text; a step takes `accumulate` times `batch` windows of
+    `length`. start: share of groups that are in when stage 1 begins. r, alpha: of LoRA. layers: only these.
     """
 
     size: int = 32

@@ -12,7 +12,7 @@ from statistics import mean
 import pytest
 import torch
 
-from pared.bench import plots, quality, routed, routed_decisions, routed_decode
+from pared.bench import plots, quality, routed, routed_decisions, routed_decode, routed_plot
 from pared.bench.end_to_end import Disagreement
 from pared.converters.calibration import Calibration
 from pared.converters.record import Record
@@ -94,6 +94,17 @@ def test_the_whole_command_runs_and_a_second_one_has_nothing_left_to_do(small, m
     drawn = {y for line in figures["quality_routed"].axes[0].lines for y in line.get_ydata()}
     assert drawn >= {results["rows"]["eta-1"]["oracle"]["boolq"], results["rows"]["finetuned"]["perplexity"]["boolq"]}
     json.dumps(results)
+
+
+def test_a_curve_that_leaves_the_picture_is_named_where_it_is_seen():
+    rows = {
+        setting.name: {"sparsity": out, "router": {"boolq": 50.0}, "oracle": {"boolq": oracle}}
+        for setting, out, oracle in zip(routed.CURVE, (0.3, 0.6, 0.9), (30.0, 300.0, 3000.0), strict=False)
+    }
+    assert routed_plot.HIGHEST < 3000
+    (axes,) = routed_plot.by_sparsity({"rows": rows | {"finetuned": {"perplexity": {"boolq": 16.0}}}}).axes
+    names = {label.get_text(): label.xy for label in axes.texts if hasattr(label, "xy")}
+    assert names[routed.KINDS["oracle"]][0] == 60 and names[routed.KINDS["router"]][0] == 90
 
 
 def grouped(rule, small: Path, out: float) -> RoutedMlp:

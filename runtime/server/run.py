@@ -47,9 +47,8 @@ class Binding:
         if self.certificate:
             try:
                 given = (self.certificate, self.private_key)
-                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-                    *given, password=""
-                )  # else it asks the terminal
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(*given, password="")  # without one, a locked key asks the terminal
             except OSError as error:  # SSLError is one
                 files = " and ".join(str(file) for file in (self.certificate, self.private_key) if file)
                 raise BadParameter(
